@@ -1,0 +1,5 @@
+"""The one exception that the command line shows without a traceback."""
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what and how."""
