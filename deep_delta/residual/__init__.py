@@ -1,0 +1,43 @@
+"""Residual interfaces: what replaces x + F(x). See `contract` for the rules they share."""
+
+from deep_delta.residual.compress import (
+    ChannelCompressor,
+    ScalarRead,
+    TokenCompressor,
+    fold_channel_kernel,
+)
+from deep_delta.residual.contract import ResidualModule, State, TokenWindow
+from deep_delta.residual.expand import EmbeddingConv, Repeat, StateReadout
+from deep_delta.residual.generators import (
+    ConstantValue,
+    FixedGate,
+    LayerGate,
+    LinearValue,
+    StateDirection,
+    SublayerDirection,
+    TokenGate,
+)
+from deep_delta.residual.layers import AdditiveResidual, DeltaResidual, Residual
+
+__all__ = [
+    "AdditiveResidual",
+    "ChannelCompressor",
+    "ConstantValue",
+    "DeltaResidual",
+    "EmbeddingConv",
+    "FixedGate",
+    "LayerGate",
+    "LinearValue",
+    "Repeat",
+    "Residual",
+    "ResidualModule",
+    "ScalarRead",
+    "State",
+    "StateDirection",
+    "StateReadout",
+    "SublayerDirection",
+    "TokenCompressor",
+    "TokenGate",
+    "TokenWindow",
+    "fold_channel_kernel",
+]

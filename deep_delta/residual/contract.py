@@ -1,0 +1,116 @@
+"""The residual contract: what replaces x + F(x).
+
+    state = expand(embeddings)                  # (B, T, d) -> state, once per model
+    for residual, sublayer in sublayers:
+        state = residual(state, sublayer)       # read -> sublayer(context) -> write
+    hidden = readout(state)                     # (B, T, d), once per model
+
+A residual does not write into the state at once. It leaves its write pending, in one canonical
+form that every design shares, and the next read applies it: so the big tensor X is read once and
+written once per sublayer, and nobody needs to know whose write is pending.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deep_delta.ops import apply_write
+
+Sublayer = Callable[[Tensor], Tensor]
+CacheSlot = tuple[int, int]
+
+
+class State(NamedTuple):
+    """The residual stream: X and a pending write, X + s·h (aᵀ − b·s·hᵀX).
+
+    A flat tuple, because re-entrant gradient checkpointing does not carry nested ones.
+    None stands for "nothing pending" (direction), s = 1 (scale) and b = 0 (erase).
+    """
+
+    x: Tensor  # X, (B, T, d, d_v)
+    direction: Tensor | None = None  # h, (B, T, d)
+    scale: Tensor | None = None  # s, (B, T), at least fp32
+    target: Tensor | None = None  # a, (B, T, d_v)
+    erase: Tensor | None = None  # b, (B, T)
+
+    def settle(self) -> Tensor:
+        """X with the pending write applied, (B, T, d, d_v)."""
+        return apply_write(self.x, self.direction, self.scale, self.target, self.erase)
+
+
+@dataclass
+class TokenWindow:
+    """What a convolution over tokens may see of a batch: padding, documents, earlier tokens.
+
+    mask: (B, T), 0 for padding, or None. Padded tokens count as zeros.
+    segments: (B, T), the document number of each token, or None for one document.
+    cache: a transformers cache whose `update_conv_state` keeps the last tokens, or None.
+    """
+
+    mask: Tensor | None = None
+    segments: Tensor | None = None
+    cache: Any = None
+
+    def visible(self, x: Tensor, kernel_size: int, slot: CacheSlot) -> Tensor:
+        """x (B, T, ...) without padding, preceded by the cached tokens: (B, H + T, ...)."""
+        if self.mask is not None:
+            x = x * self.mask.view(self.mask.shape + (1,) * (x.ndim - 2)).to(x.dtype)
+        if self.cache is None:
+            return x
+        layer, index = slot
+        channels_first = x.flatten(2).transpose(1, 2)
+        seen = self.cache.update_conv_state(
+            channels_first, layer, index, conv_kernel_size=kernel_size
+        )
+        return seen.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class ResidualModule(nn.Module):
+    """A module with parameters of its own that knows how they start.
+
+    The model's initialisation pass calls `reset_parameters` and hands over a generator, so that
+    the backbone's random numbers do not depend on which residual is used.
+    """
+
+    init_seed: int  # of that generator, set by the model
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        raise NotImplementedError  # every subclass says how its parameters start
+
+
+def logit(gate: float) -> float:
+    """The x with 2σ(x) = gate; the gate is clamped by 2e-6 at both ends so that x is finite."""
+    share = min(max(gate / 2, 1e-6), 1 - 1e-6)
+    return math.log(share) - math.log1p(-share)
+
+
+@torch.no_grad()
+def start_(parameter: Tensor, values: Tensor) -> None:
+    """Copy starting values into a parameter, unless transformers has filled it from a checkpoint.
+
+    The values are drawn on the CPU, so a seed means the same numbers on every device.
+    """
+    if not getattr(parameter, "_is_hf_initialized", False):
+        parameter.copy_(values.expand_as(parameter))
+
+
+def normal(shape: torch.Size, std: float, generator: torch.Generator | None) -> Tensor:
+    """A CPU tensor of N(0, std²) entries."""
+    return torch.randn(shape, generator=generator, device="cpu") * std
+
+
+def distinct_around(mean: float, size: int, generator: torch.Generator | None) -> Tensor:
+    """A vector (size,) with the given mean and distinct entries, spread by half the mean.
+
+    Channels that start equal and are written equally stay equal for ever; this is the start that
+    keeps them apart. A single entry is the mean itself.
+    """
+    if size == 1:
+        return torch.full((1,), mean, device="cpu")
+    noise = normal(torch.Size((size,)), 1.0, generator)
+    noise = noise - noise.mean()
+    return mean * (1 + 0.5 * noise / noise.square().mean().sqrt())

@@ -1,0 +1,156 @@
+"""What a delta residual generates at every token: the gate β, the target v and the direction k.
+
+Weights are plain parameters, not Linear layers: fused kernels read them, and tools that wrap
+every Linear layer (adapters, int8) leave them alone. All logits are computed in fp32.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deep_delta.residual.contract import ResidualModule, distinct_around, logit, normal, start_
+
+
+def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in at least fp32, under autocast too. x (..., n), weight (m, n) -> (..., m)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class TokenGate(ResidualModule):
+    """β = 2σ(W c + b), or 2σ(W₂ tanh(W₁ c) + b) with `hidden_size` (§A.2).
+
+    context c (B, T, d) -> β (B, T) in (0, 2), fp32. The bias starts at logit(β₀/2).
+    """
+
+    def __init__(
+        self, width: int, start: float = 1.0, hidden_size: int | None = None, std: float = 0.02
+    ):
+        super().__init__()
+        self.start, self.std = start, std
+        self.hidden = nn.Parameter(torch.empty(hidden_size, width)) if hidden_size else None
+        self.weight = nn.Parameter(torch.empty(1, hidden_size or width))
+        self.bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if self.hidden is not None:
+            start_(self.hidden, normal(self.hidden.shape, self.std, generator))
+        start_(self.weight, normal(self.weight.shape, self.std, generator))
+        start_(self.bias, torch.tensor(logit(self.start), device="cpu"))
+
+    def forward(self, context: Tensor) -> Tensor:
+        if self.hidden is not None:
+            context = torch.tanh(linear_fp32(context, self.hidden))
+        return 2 * torch.sigmoid(linear_fp32(context, self.weight, self.bias)).squeeze(-1)
+
+
+class LayerGate(ResidualModule):
+    """β = 2σ(b): one learned number for all tokens. context (B, T, d) -> β (B, T), fp32."""
+
+    def __init__(self, start: float = 1.0):
+        super().__init__()
+        self.start = start
+        self.bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        start_(self.bias, torch.tensor(logit(self.start), device="cpu"))
+
+    def forward(self, context: Tensor) -> Tensor:
+        dtype = torch.promote_types(context.dtype, torch.float32)
+        return 2 * torch.sigmoid(self.bias.to(dtype)).expand(context.shape[:-1])
+
+
+class FixedGate(nn.Module):
+    """β = β₀ everywhere, nothing learned. context (B, T, d) -> β (B, T), fp32."""
+
+    def __init__(self, start: float = 1.0):
+        super().__init__()
+        self.start = start
+
+    def forward(self, context: Tensor) -> Tensor:
+        dtype = torch.promote_types(context.dtype, torch.float32)
+        return torch.full(context.shape[:-1], self.start, dtype=dtype, device=context.device)
+
+
+class LinearValue(ResidualModule):
+    """v = W x + b, or scale·σ(W x + b) with a `scale` (the published code's target).
+
+    x (B, T, d) -> v (B, T, d_v), at least fp32.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        value_channels: int,
+        bias: bool = False,
+        scale: float | None = None,
+        std: float = 0.02,
+    ):
+        super().__init__()
+        self.scale, self.std = scale, std
+        self.weight = nn.Parameter(torch.empty(value_channels, width))
+        self.bias = nn.Parameter(torch.empty(value_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        start_(self.weight, normal(self.weight.shape, self.std, generator))
+        if self.bias is not None:
+            start_(self.bias, torch.tensor(0.0, device="cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = linear_fp32(x, self.weight, self.bias)
+        return value if self.scale is None else self.scale * torch.sigmoid(value)
+
+
+class ConstantValue(ResidualModule):
+    """v is one learned vector for all tokens, starting around `start` with distinct entries.
+
+    x (B, T, d) -> v (B, T, d_v).
+    """
+
+    def __init__(self, value_channels: int, start: float = 2.0):
+        super().__init__()
+        self.start = start
+        self.vector = nn.Parameter(torch.empty(value_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        start_(self.vector, distinct_around(self.start, self.vector.numel(), generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.vector.to(dtype).expand(*x.shape[:-1], -1)
+
+
+class SublayerDirection(nn.Module):
+    """k̃ = h, the sublayer's output (the paper's choice). X, h (B, T, d) -> (B, T, d)."""
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        return output
+
+
+class StateDirection(ResidualModule):
+    """k̃ = W₂ tanh(W₁ x̄) with x̄ the mean of X over its channels (§A.1, the first version's).
+
+    X (B, T, d, d_v), h unused -> (B, T, d), at least fp32.
+    """
+
+    def __init__(self, width: int, hidden_size: int = 128):
+        super().__init__()
+        self.inner = nn.Parameter(torch.empty(hidden_size, width))
+        self.outer = nn.Parameter(torch.empty(width, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        # The usual fan-in scale: the direction's length is divided out, its angle is not.
+        start_(self.inner, normal(self.inner.shape, 1 / math.sqrt(self.inner.shape[1]), generator))
+        start_(self.outer, normal(self.outer.shape, 1 / math.sqrt(self.outer.shape[1]), generator))
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        pooled = x.mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return linear_fp32(torch.tanh(linear_fp32(pooled, self.inner)), self.outer)
