@@ -1,0 +1,242 @@
+"""The configuration of a Deep Delta language model, in Hugging Face conventions."""
+
+import difflib
+import warnings
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from deep_delta.model.presets import preset_fields
+
+
+@strict
+class DeepDeltaConfig(PreTrainedConfig):
+    """A Llama-style decoder (RMSNorm, RoPE, QK-norm, SwiGLU) and the residual it uses.
+
+    The fields down to `rms_norm_eps` are transformers' own; the rest say what replaces x + F(x).
+    The defaults are DDL-CC at the size "small". `from_preset` names the combinations that the
+    paper and its controls use.
+
+    Args:
+        residual: "delta" rewrites (eq. 2.2), "additive" adds.
+        value_channels: d_v, the channels per feature of the state X (d, d_v).
+        compressor: "channel" (CC) or "token" (TC) for d_v > 1, None for d_v = 1.
+        compressor_kernel_size: K of the token compressor, in tokens; None means 4 there.
+        share_compressor: one compressor for both sublayers of a block, or one each.
+        embedding_conv: start the state by the embedding convolution (EC) instead of repetition.
+        embedding_kernel_size: K of the embedding convolution, in tokens.
+        erase: False is the write-only control X + β k vᵀ.
+        gate: "token" (a function of the context), "layer" (one learned number a sublayer) or
+            "fixed" (β₀ stays).
+        separate_gates: erase and write by a gate each.
+        gate_hidden_size: width of a two-layer token gate; None for one layer.
+        gate_init: β₀ in [0, 2], where the gate starts.
+        direction_source: "sublayer" (k̃ is the sublayer's output, the paper's) or "mlp" (k̃ from a
+            two-layer MLP on the state's channel mean; the value then reads the sublayer's output).
+        direction_hidden_size: hidden width of that MLP.
+        direction_eps: ε in k = k̃/√(‖k̃‖² + ε²).
+        value_source: what the value reads: "context" (c, normalised) or "state" (x_in).
+        value_activation: "linear", "sigmoid" (value_scale·σ) or "constant" (a learned vector).
+        value_scale: the factor of the sigmoid value.
+        value_constant: where a constant value starts.
+        value_bias: add a bias to the value.
+        qk_norm: normalise queries and keys "before_rope" (Qwen3's order) or "after_rope" (the
+            published code's).
+        residual_init: "neutral" (compressors start as an average) or "published" (they start
+            like every other matrix).
+        hidden_init_std_factor: matrices start as N(0, factor/√d), the two projections that write
+            into the residual stream smaller by √layers; embeddings as N(0, initializer_range).
+        logit_multiplier: factor on the logits.
+        state_dtype: dtype of X, e.g. "bfloat16"; None for the embeddings' dtype.
+        backend: "auto" or "reference": which implementation of the delta rule runs.
+
+    Raises:
+        ValueError: an unknown field, or a combination that has no meaning; one line each.
+    """
+
+    model_type = "deep_delta"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    layer_types: list[str] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    residual: Literal["delta", "additive"] = "delta"
+    value_channels: int = 4
+    compressor: Literal["channel", "token"] | None = "channel"
+    compressor_kernel_size: int | None = None
+    share_compressor: bool = True
+    embedding_conv: bool = True
+    embedding_kernel_size: int = 4
+    erase: bool = True
+    gate: Literal["token", "layer", "fixed"] = "token"
+    separate_gates: bool = False
+    gate_hidden_size: int | None = None
+    gate_init: float | int = 1.0
+    direction_source: Literal["sublayer", "mlp"] = "sublayer"
+    direction_hidden_size: int = 128
+    direction_eps: float = 1e-5
+    value_source: Literal["context", "state"] = "context"
+    value_activation: Literal["linear", "sigmoid", "constant"] = "linear"
+    value_scale: float | int = 4.0
+    value_constant: float | int = 2.0
+    value_bias: bool = False
+    qk_norm: Literal["before_rope", "after_rope"] = "before_rope"
+    residual_init: Literal["neutral", "published"] = "neutral"
+    hidden_init_std_factor: float | int = 0.5
+    logit_multiplier: float | int = 1.0
+    state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    backend: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 8 * self.hidden_size // 3
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        # Which layers keep convolution histories in the cache beside keys and values: each block
+        # for the token compressor, the first for the embedding convolution.
+        token_reads = self.compressor == "token"
+        histories = [
+            token_reads or (self.embedding_conv and layer == 0)
+            for layer in range(self.num_hidden_layers)
+        ]
+        self.layer_types = ["hybrid" if kept else "full_attention" for kept in histories]
+        kwargs.pop("sliding_window", None)
+        _reject_unknown(kwargs)
+        super().__post_init__(**kwargs)
+
+    # What transformers' attention, caches and masks look up and this family does not have.
+    sliding_window = None
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Histories a "hybrid" layer may keep: two token reads, the embedding, the readout."""
+        return 4 if self.compressor == "token" else 1
+
+    @classmethod
+    def from_preset(
+        cls,
+        variant: str,
+        size: str = "small",
+        *,
+        parameterization: Literal["paper", "published"] = "paper",
+        **overrides,
+    ) -> "DeepDeltaConfig":
+        """The configuration of a named variant at a named size.
+
+        Args:
+            variant: one of `presets.VARIANTS`, e.g. "ddl-cc".
+            size: "tiny", "small" (123.6 M parameters) or "medium" (353 M).
+            parameterization: "paper" (the value is linear in the context) or "published" (what
+                the authors' code does: 4·σ of the un-normalised x_in with a bias, its
+                initialisation, QK-norm after RoPE).
+            overrides: fields to set on top.
+
+        Raises:
+            ValueError: an unknown variant, size, parameterization or field, with the nearest name.
+        """
+        return cls(**{**preset_fields(variant, size, parameterization), **overrides})
+
+    def validate_architecture(self):
+        """Part of transformers' strict validation, called on construction."""
+        super().validate_architecture()
+        _check_state(self)
+        _check_delta(self)
+
+
+# Keys that transformers itself adds to a saved config, beside its declared fields.
+_TRANSFORMERS_KEYS = {
+    "model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation",
+    "output_attentions", "output_hidden_states", "num_labels", "rope_theta", "rope_scaling",
+    "auto_map", "quantization_config", "per_layer_config", "use_return_dict",
+}  # fmt: skip
+
+
+def _reject_unknown(extra: dict) -> None:
+    """A misspelt option must not silently become an attribute that nobody reads."""
+    known = set(DeepDeltaConfig.__dataclass_fields__)
+    for key in extra:
+        if key.startswith("_") or key in _TRANSFORMERS_KEYS or key in _generation_keys():
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"DeepDeltaConfig has no field {key!r}{hint}")
+
+
+def _generation_keys() -> set[str]:
+    from transformers import GenerationConfig
+
+    return set(GenerationConfig._get_default_generation_params())
+
+
+def _check_state(config: DeepDeltaConfig) -> None:
+    if config.value_channels < 1:
+        raise ValueError(f"value_channels is {config.value_channels}; it must be at least 1")
+    if config.value_channels == 1 and config.compressor is not None:
+        raise ValueError(
+            f"value_channels=1 has nothing to compress: set compressor=None instead of "
+            f"{config.compressor!r}, or value_channels to 2 or more"
+        )
+    if config.value_channels > 1 and config.compressor is None:
+        raise ValueError(
+            f"value_channels={config.value_channels} needs a compressor: 'channel' or 'token'"
+        )
+    if config.compressor_kernel_size is not None and config.compressor != "token":
+        raise ValueError(
+            "compressor_kernel_size is the token compressor's: leave it out, or set "
+            "compressor='token'"
+        )
+    for name in ("compressor_kernel_size", "embedding_kernel_size", "direction_hidden_size"):
+        size = getattr(config, name)
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+    from deep_delta.ops import resolve_backend
+
+    resolve_backend(config.backend)
+
+
+def _check_delta(config: DeepDeltaConfig) -> None:
+    if config.residual == "additive":
+        if not config.erase or config.separate_gates:
+            raise ValueError("erase and separate_gates need residual='delta'")
+        return
+    if not 0 <= config.gate_init <= 2:
+        raise ValueError(f"gate_init is {config.gate_init}; β₀ must lie between 0 and 2")
+    if config.direction_eps < 0:
+        raise ValueError(f"direction_eps is {config.direction_eps}; it must not be negative")
+    if config.gate_hidden_size is not None and config.gate != "token":
+        raise ValueError(f"gate_hidden_size needs gate='token', not {config.gate!r}")
+    if config.gate_hidden_size is not None and config.gate_hidden_size < 1:
+        raise ValueError(f"gate_hidden_size is {config.gate_hidden_size}; it must be at least 1")
+    if config.separate_gates and not config.erase:
+        raise ValueError("separate_gates=True has an erase gate, but erase=False erases nothing")
+    if config.direction_source == "mlp" and config.value_source == "state":
+        raise ValueError(
+            "direction_source='mlp' takes the value from the sublayer's output: leave out "
+            "value_source='state'"
+        )
+    if config.gate != "fixed" and min(config.gate_init, 2 - config.gate_init) < 0.05:
+        warnings.warn(
+            f"gate_init={config.gate_init}: the gate starts dead, its gradient is almost zero "
+            "this close to 0 or 2; use a value between 0.05 and 1.95, such as 0.1 or 1.0",
+            stacklevel=2,
+        )

@@ -1,0 +1,282 @@
+"""The decoder: expand -> blocks of (residual, sublayer) -> read out -> norm -> head.
+
+Attention, MLP and rotary embedding are transformers' own (Qwen3's), so every attention backend
+works; the residual is whatever the configuration says, and nothing here asks which one it is.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3MLP,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from deep_delta.model.build import build_expand, build_readout, build_residual, matrix_std
+from deep_delta.model.configuration import DeepDeltaConfig
+from deep_delta.residual import ResidualModule, State, TokenWindow
+
+
+class AttentionNormAfterRope(Qwen3Attention):
+    """The published code's order: RoPE first, then the learned norm of queries and keys."""
+
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs
+    ):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=None,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+ATTENTION = {"before_rope": Qwen3Attention, "after_rope": AttentionNormAfterRope}
+
+
+class DeepDeltaBlock(GradientCheckpointingLayer):
+    """Attention and MLP, each behind a residual. The fields of a `State` in, a `State` out."""
+
+    def __init__(self, config: DeepDeltaConfig, layer: int):
+        super().__init__()
+        self.attn_residual = build_residual(config, layer, 0)
+        attention: Any = ATTENTION[config.qk_norm]  # reads only the fields our config has too
+        self.self_attn = attention(config, layer)
+        lender = self.attn_residual if config.share_compressor else None
+        self.mlp_residual = build_residual(config, layer, 1, lender)
+        self.mlp = Qwen3MLP(config)
+        for linear in (self.self_attn.o_proj, self.mlp.down_proj):
+            linear.feeds_stream = True  # see `_init_weights`
+
+    def forward(self, *state, window: TokenWindow, **attention) -> State:
+        def attend(context: Tensor) -> Tensor:
+            return self.self_attn(context, **attention)[0]
+
+        new = self.attn_residual(State(*state), attend, window)
+        return self.mlp_residual(new, self.mlp, window)
+
+
+class DeepDeltaPreTrainedModel(PreTrainedModel):
+    config: DeepDeltaConfig
+    config_class = DeepDeltaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepDeltaBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"attentions": Qwen3Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Matrices N(0, factor/√d), √layers smaller where they feed the stream; see the config."""
+        if isinstance(module, ResidualModule):
+            # Residuals draw from generators of their own: the backbone's numbers are then the
+            # same in every variant of a seed.
+            module.reset_parameters(torch.Generator().manual_seed(module.init_seed))
+        elif isinstance(module, nn.Linear):
+            std = matrix_std(self.config)
+            if getattr(module, "feeds_stream", False):
+                std /= math.sqrt(self.config.num_hidden_layers)
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class DeepDeltaModel(DeepDeltaPreTrainedModel):
+    """The decoder without a head. Its hidden states are the state's channel mean, (B, T, d)."""
+
+    def __init__(self, config: DeepDeltaConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.expand = build_expand(config)
+        self.layers = nn.ModuleList(
+            DeepDeltaBlock(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.readout = build_readout(config)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self._prepare_initialisation()
+        self.post_init()
+
+    def _prepare_initialisation(self) -> None:
+        # One draw from the global generator, made by every variant alike.
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        for index, module in enumerate(self.modules()):
+            if isinstance(module, ResidualModule):
+                module.init_seed = seed + index
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T) or inputs_embeds (B, T, d) -> last_hidden_state (B, T, d), normalised.
+
+        Packed documents are found from position_ids that restart, without a mask or a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        packed = position_ids is not None and attention_mask is None and past_key_values is None
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (position_ids + seen).unsqueeze(0)
+
+        masks = attention_mask
+        if not isinstance(masks, dict):  # `generate` prepares them for a static cache
+            given: dict[str, Any] = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {
+                "full_attention": create_causal_mask(**given),
+                "linear_attention": create_recurrent_attention_mask(**given),
+            }
+        window = TokenWindow(
+            mask=masks.get("linear_attention"),
+            segments=find_packed_sequence_indices(position_ids) if packed else None,
+            cache=past_key_values,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
+        state = self.expand(inputs_embeds, window)
+        hidden_states = []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(state.settle().mean(-1))
+            state = State(
+                *layer(
+                    *state,
+                    window=window,
+                    attention_mask=masks["full_attention"],
+                    position_embeddings=position_embeddings,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    **kwargs,
+                )
+            )
+        hidden = self.norm(self.readout(state, window)).to(self.norm.weight.dtype)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+        )
+
+
+class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
+    """The language model: `DeepDeltaModel` and a head tied to the embeddings."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DeepDeltaConfig):
+        super().__init__(config)
+        self.model = DeepDeltaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, vocabulary) and, with labels (B, T), the mean loss in nats per token.
+
+        Labels are shifted here: pass the input ids themselves, −100 where nothing is predicted.
+        `num_items_in_batch` replaces the mean by sum / num_items_in_batch (gradient
+        accumulation); `shift_labels` takes labels that are already shifted.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        if self.config.logit_multiplier != 1:
+            logits = logits * self.config.logit_multiplier
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

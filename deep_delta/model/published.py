@@ -1,0 +1,293 @@
+"""Weights of the authors' published code, loaded into this library's model.
+
+The published code folds into ours exactly: its channel compressor (a kernel over the channels
+and a read vector) is one matrix here, its key-rms-after-RoPE attention is `qk_norm="after_rope"`.
+Facts about it are in the paper's appendix A and its repository; the code below is our own.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deep_delta.model.configuration import DeepDeltaConfig
+from deep_delta.model.modeling import DeepDeltaForCausalLM
+from deep_delta.residual import fold_channel_kernel
+
+Weights = dict[str, Tensor]
+
+# Published options that change the function and that this library does not have, each with the
+# values that mean "off".
+_UNSUPPORTED: dict[str, tuple] = {
+    "use_k_shift": (False,),
+    "use_v_shift": (False,),
+    "using_groupnorm": (False,),
+    "use_output_gate": (False,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "rope_ratio": (1, 1.0),
+    "residual_branch_mult": (None, 1, 1.0),
+    "bias": (False,),
+    "use_qk_rmsnorm": (True,),
+    "q_activation": (None, "identity"),
+    "k_activation": (None, "identity"),
+    "v_activation": (None, "identity"),
+}
+
+_ATTENTION = {
+    "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_proj": "o_proj", "o_proj": "o_proj",
+    "q_rms": "q_norm", "k_rms": "k_norm",
+}  # fmt: skip
+_MLP = {"c_fc1": "gate_proj", "c_fc2": "up_proj", "c_proj": "down_proj", "o_proj": "down_proj"}
+_NORMS = {"ln_1": "attn_residual.norm", "ln_2": "mlp_residual.norm"}
+_GATE = {"beta.weight": "gate.weight", "beta.bias": "gate.bias",
+         "beta_in.weight": "gate.hidden", "beta_out.weight": "gate.weight",
+         "beta_out.bias": "gate.bias"}  # fmt: skip
+_VALUE = {"v_proj.weight": "value.weight", "v_proj.bias": "value.bias"}
+
+
+def load_published(
+    path_or_state_dict: str | Path | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    **overrides,
+) -> DeepDeltaForCausalLM:
+    """A model that computes what the authors' published code computes with these weights.
+
+    Args:
+        path_or_state_dict: a folder with config.json and model.safetensors (or
+            pytorch_model.bin, read with weights_only=True); one .safetensors file with the
+            published configuration as JSON under the metadata key "config" and its tensors under
+            "weights."; or a state dict.
+        config: the published configuration; needed for a state dict, otherwise it replaces the
+            one found beside the weights.
+        overrides: `DeepDeltaConfig` fields to set on top, e.g. state_dtype.
+
+    Returns:
+        The model in evaluation mode, in the weights' dtype. The variant (d_v, compressor,
+        embedding convolution, gate layers) is inferred from the tensor names.
+
+    Raises:
+        ValueError: files that are missing or unreadable, tensors of another architecture,
+            published options this library does not have, or tensors left over; one line each.
+    """
+    weights, found = _read(path_or_state_dict)
+    published = dict(config if config is not None else found or {})
+    if not published:
+        raise ValueError("a state dict needs the published configuration as well: config={...}")
+    for name, off in _UNSUPPORTED.items():
+        if name in published and published[name] not in off:
+            raise ValueError(
+                f"the published option {name}={published[name]!r} changes the model in a way that "
+                f"deep_delta does not implement"
+            )
+    if "transformer.wte.weight" not in weights:
+        raise ValueError(
+            "these are not weights of the published code: no tensor transformer.wte.weight"
+        )
+    fields = _fields(weights, published)
+    model_config = DeepDeltaConfig(**{**fields, **overrides})
+    model = DeepDeltaForCausalLM(model_config)
+    converted = _convert(weights, published, fields)
+    dtype = weights["transformer.wte.weight"].dtype
+    try:
+        model.load_state_dict(converted)
+    except RuntimeError as error:
+        details = " ".join(str(error).split())
+        raise ValueError(
+            f"the published weights do not fit their configuration: {details}"
+        ) from None
+    model.to(dtype=dtype)  # type: ignore[call-arg]  # a wrapper hides `self` from mypy
+    return model.eval()
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[Weights, dict | None]:
+    """The tensors under their published names, and the configuration found beside them."""
+    if isinstance(source, Mapping):
+        return _strip(dict(source)), None
+    path = Path(source)
+    if path.is_file() and path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        inside = {name: t for name, t in named.items() if name.startswith("weights.")}
+        config = json.loads(metadata["config"]) if "config" in metadata else None
+        return _strip(inside or named), config
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a folder nor a .safetensors file")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: not a checkpoint folder")
+    config = json.loads((path / "config.json").read_text())
+    if (path / "model.safetensors").is_file():
+        return _strip(load_file(path / "model.safetensors")), config
+    if (path / "pytorch_model.bin").is_file():
+        loaded = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        return _strip(loaded), config
+    raise ValueError(f"{path} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _strip(weights: Mapping[str, Tensor]) -> Weights:
+    """Names without the prefixes that files, torch.compile and DDP put in front of them."""
+    stripped = {}
+    for name, tensor in weights.items():
+        for prefix in ("weights.", "_orig_mod.", "module."):
+            name = name.removeprefix(prefix)
+        stripped[name] = tensor
+    return stripped
+
+
+def _fields(weights: Weights, published: Mapping[str, Any]) -> dict[str, Any]:
+    """The `DeepDeltaConfig` fields of a published model: sizes, options, and the variant."""
+    vocab_size, width = weights["transformer.wte.weight"].shape
+    heads = published.get("num_attention_heads", published.get("n_head"))
+    if heads is None:
+        raise ValueError("the published configuration has no num_attention_heads")
+    layers = 1 + max(
+        int(name.split(".")[2]) for name in weights if name.startswith("transformer.h.")
+    )
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "head_dim": weights["transformer.h.0.attn.c_q.weight"].shape[0] // heads,
+        "intermediate_size": weights["transformer.h.0.mlp.c_fc1.weight"].shape[0],
+        "max_position_embeddings": published.get("block_size", 1024),
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": float(published.get("rope_base", 10000.0)),
+        },
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "qk_norm": "after_rope",
+        "embedding_conv": False,
+        "value_channels": 1,
+        "compressor": None,
+        "residual_init": "published",
+        "logit_multiplier": (
+            published.get("hidden_size_base", 1024) / width if published.get("mup") else 1.0
+        ),
+    }  # fmt: skip
+    if "transformer.h.0.ddl_attn.v_proj.weight" not in weights:
+        return {**fields, "residual": "additive"}
+
+    constant = published.get("ddl_v_constant", published.get("ddl_v_dim1_constant", False))
+    activation = "sigmoid" if published.get("ddl_v_sigmoid", True) else "linear"
+    inner = weights.get("transformer.h.0.ddl_attn.beta_in.weight")
+    fields |= {
+        "residual": "delta",
+        "value_channels": weights["transformer.h.0.ddl_attn.v_proj.weight"].shape[0],
+        "value_activation": "constant" if constant else activation,
+        "value_source": "state",
+        "value_bias": True,
+        "value_scale": float(published.get("ddl_v_sigmoid_scale", 4.0)),
+        "value_constant": _constant(published),
+        "gate_hidden_size": None if inner is None else inner.shape[0],
+        "gate_init": float(published.get("ddl_beta_init", 1.0)),
+        "direction_eps": float(published.get("ddl_k_eps", 1e-5)),
+    }
+    kernel = _compressor_kernel(weights, "transformer.h.0.compress.")
+    if kernel is not None:
+        token = _is_token_kernel(weights)
+        fields["compressor"] = "token" if token else "channel"
+        if token:
+            fields["compressor_kernel_size"] = kernel.shape[-1]
+    expansion = _expansion_kernel(weights)
+    if expansion is not None:
+        fields |= {"embedding_conv": True, "embedding_kernel_size": expansion.shape[-1]}
+    return fields
+
+
+def _constant(published: Mapping[str, Any]) -> float:
+    return float(
+        published.get("ddl_v_constant_value", published.get("ddl_v_dim1_constant_value", 2.0))
+    )
+
+
+def _compressor_kernel(weights: Weights, prefix: str) -> Tensor | None:
+    names = ("weight", "shortconv.weight", "shortconv.conv.weight")
+    return next((weights[prefix + n] for n in names if prefix + n in weights), None)
+
+
+def _expansion_kernel(weights: Weights) -> Tensor | None:
+    names = ("input_embed.conv.weight", "input_embed.weight")
+    return next((weights[name] for name in names if name in weights), None)
+
+
+def _is_token_kernel(weights: Weights) -> bool:
+    """A kernel over tokens has a row for every (feature, channel), one over channels does not."""
+    kernel = _compressor_kernel(weights, "transformer.h.0.compress.")
+    width = weights["transformer.wte.weight"].shape[1]
+    return kernel is not None and kernel[..., 0].numel() != width
+
+
+def _compressor(
+    weights: Weights, source: str, target: str, fields: Mapping[str, Any], causal: bool
+) -> Weights:
+    kernel, read = _compressor_kernel(weights, source), weights.get(source + "read")
+    if kernel is None or read is None:
+        raise ValueError(f"the published weights lack the compressor {source.rstrip('.')}")
+    shape = (fields["hidden_size"], fields["value_channels"], -1)
+    if fields["compressor"] == "token":
+        return {target + "weight": kernel.reshape(shape), target + "read": read}
+    folded = fold_channel_kernel(kernel.reshape(fields["hidden_size"], -1), read, causal)
+    return {target + "weight": folded}
+
+
+def _convert(weights: Weights, published: Mapping[str, Any], fields: Mapping[str, Any]) -> Weights:
+    """Published tensors under this library's names; ValueError for any that is left over."""
+    causal = bool(published.get("ddl_state_dv_shortconv_causal", False))
+    embeddings = weights["transformer.wte.weight"]
+    out = {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}
+    constant = torch.full((fields["value_channels"],), _constant(published), dtype=embeddings.dtype)
+    unknown = []
+    for name, tensor in weights.items():
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            continue
+        if name == "ln_f.weight":
+            out["model.norm.weight"] = tensor
+        elif name.startswith("input_embed."):
+            shape = (fields["hidden_size"], fields["value_channels"], -1)
+            out["model.expand.weight"] = tensor.reshape(shape)
+        elif name.startswith("transformer.h."):
+            _, _, layer, part, rest = name.split(".", 4)
+            target = f"model.layers.{layer}."
+            if part == "attn" and rest.partition(".")[0] in _ATTENTION:
+                leaf, _, kind = rest.partition(".")
+                out[f"{target}self_attn.{_ATTENTION[leaf]}.{kind}"] = tensor
+            elif part == "mlp" and rest.partition(".")[0] in _MLP:
+                leaf, _, kind = rest.partition(".")
+                out[f"{target}mlp.{_MLP[leaf]}.{kind}"] = tensor
+            elif part in _NORMS:
+                out[f"{target}{_NORMS[part]}.{rest}"] = tensor
+            elif part in ("ddl_attn", "ddl_mlp"):
+                residual = target + ("attn_residual." if part == "ddl_attn" else "mlp_residual.")
+                if rest in _GATE:
+                    out[residual + _GATE[rest]] = tensor
+                elif rest in _VALUE:
+                    # The published code keeps its value projection when the value is a constant.
+                    if fields["value_activation"] == "constant":
+                        out[residual + "value.vector"] = constant
+                    else:
+                        out[residual + _VALUE[rest]] = tensor
+                else:
+                    unknown.append(name)
+            elif part == "compress":
+                source = f"transformer.h.{layer}.compress."
+                lender = f"{target}attn_residual.compressor."
+                out.update(_compressor(weights, source, lender, fields, causal))
+            else:
+                unknown.append(name)
+        elif name.startswith("readout."):
+            readout = _compressor(weights, "readout.", "model.readout.compressor.", fields, causal)
+            out.update(readout)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"published tensors that deep_delta does not know: {', '.join(unknown)}")
+    return out
