@@ -1,0 +1,48 @@
+"""Small file helpers that the data modules share: hashing and durable, atomic writes."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, so that after a crash it holds the old bytes or the new ones.
+
+    Errors: OSError as the file system gives it; the temporary file is then removed.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Like `write_atomically`, for a JSON value."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make new and renamed entries of `folder` durable; a no-op where folders can't be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows refuses to open a folder
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
