@@ -1,0 +1,207 @@
+"""``report.html``: the comparison as one self-contained page, and its charts as PNG files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from deep_delta.report import numbers, plots, render
+from deep_delta.report.curves import Axis, Curves, over_seeds
+from deep_delta.report.page import whole_page
+from deep_delta.report.table import Summary, column_names, conclusions, interval_name, summary_rows
+
+REPORT_NAME = "report.html"
+TOKENS_PNG = "loss-vs-tokens.png"
+TIME_PNG = "loss-vs-time.png"
+DIFFERENCES_PNG = "differences.png"
+
+_TEXT_COLUMNS = {"variant", "verdict", "directory"}
+
+
+def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
+    """Write ``report.html`` and its PNG charts into ``out_dir``; return the page's path.
+
+    ``differences.png`` is written only where there are differences to a baseline. Raises
+    UserError, before anything is written, if matplotlib is not installed.
+    """
+    tokens = plots.loss_curves(curves, "tokens")
+    seconds = plots.loss_curves(curves, "seconds")
+    sections = [
+        _headline(summary),
+        _section("Results", _results_table(summary)),
+        _section("Loss against tokens", _curve_figure(tokens, curves, "tokens")),
+        _section("Loss against wall-clock", _curve_figure(seconds, curves, "seconds")),
+    ]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    render.save_png(tokens, out_dir / TOKENS_PNG)
+    render.save_png(seconds, out_dir / TIME_PNG)
+    differences = _differences(summary)
+    if differences:
+        forest = plots.forest_plot(differences, summary["baseline"], summary["level"])
+        render.save_png(forest, out_dir / DIFFERENCES_PNG)
+        content = _forest_figure(forest, summary)
+    else:
+        content = "<p>No differences: the baseline was not run, or it was run alone.</p>"
+    sections += [
+        _section("Paired differences", content),
+        _section("Every run", _runs_table(summary)),
+        _section("How it was run", _provenance(summary)),
+        _section("How to read this", _caveats(summary)),
+    ]
+    page = whole_page("Residual variants compared", "\n".join(sections))
+    path = out_dir / REPORT_NAME
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
+
+
+def _headline(summary: Summary) -> str:
+    variants = summary["variants"]
+    compared = [entry for entry in variants if entry["variant"] != summary["baseline"]]
+    items = []
+    for entry, sentence in zip(compared, conclusions(summary), strict=True):
+        verdict = (entry["difference"] or {}).get("verdict")
+        mark = f' class="{verdict}"' if verdict in ("lower", "higher") else ""
+        items.append(f"<li{mark}>{escape(sentence)}</li>")
+    found = f'<ul class="conclusions">\n{"".join(items)}\n</ul>' if items else ""
+    scope = f"{len(variants)} variants, {len(summary['runs'])} runs, one recipe."
+    against = f" Baseline: {summary['baseline']}." if summary["baseline"] else " No baseline."
+    return (
+        "<header>\n<h1>Residual variants compared</h1>\n"
+        f'<p class="quiet">{escape(scope + against)} Validation loss: lower is better.</p>\n'
+        f"{found}\n</header>"
+    )
+
+
+def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cell(tag: str, name: str, text: str, scope: str = "") -> str:
+        words = ' class="words"' if name in _TEXT_COLUMNS else ""
+        return f"<{tag}{scope}{words}>{escape(text)}</{tag}>"
+
+    head = "".join(cell("th", name, name, ' scope="col"') for name in names)
+    body = ""
+    for row in rows:
+        first, *others = zip(names, row, strict=True)
+        cells = "".join(cell("td", name, text) for name, text in others)
+        header = cell("th", *first, ' scope="row"')
+        body += f"<tr>{header}{cells}</tr>\n"
+    return (
+        # Outside of the table, where it does not scroll away with it on a narrow screen.
+        f'<p class="quiet">{escape(caption)}</p>\n'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
+        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>"
+    )
+
+
+def _results_table(summary: Summary) -> str:
+    caption = (
+        "Mean ± standard deviation over n seeds; differences paired by seed; FLOPs forward and "
+        "backward."
+    )
+    return _table(caption, column_names(summary), summary_rows(summary))
+
+
+def _runs_table(summary: Summary) -> str:
+    names = ["variant", "seed", "val loss", "training time", "tokens", "tokens/s"]
+    rows = [
+        [
+            str(run["variant"]),
+            str(run["seed"]),
+            numbers.measured(run["val_loss"], None, 4),
+            numbers.duration(run["train_seconds"]),
+            f"{run['tokens']:,}",
+            numbers.rate(run["tokens_per_s"]),
+            numbers.memory(run["peak_memory_bytes"]),
+            str(run["path"]),
+        ]
+        for run in summary["runs"]
+    ]
+    return _table("One line per training run.", [*names, "peak memory", "directory"], rows)
+
+
+def _figure(drawing: str, label: str, caption: str) -> str:
+    return (
+        f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">\n'
+        f"{drawing}\n</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    )
+
+
+def _curve_figure(figure: Any, curves: Curves, x: Axis) -> str:
+    title = "Loss against " + ("tokens" if x == "tokens" else "wall-clock training time")
+    ends = []
+    for name, runs in curves.items():
+        curve = over_seeds(runs, x, "val_loss")
+        last = f"{curve.mean[-1]:.4f}" if len(curve.mean) else "no finite evaluation"
+        ends.append(f"{name} {last}")
+    description = "Last validation loss, mean over seeds: " + "; ".join(ends) + "."
+    caption = (
+        "The scale fits the later part of the training, where the variants can be told apart; the "
+        "steep start leaves the view at the top."
+    )
+    drawing = render.inline_svg(figure, f"loss-{x}", title, description)
+    return _figure(drawing, title, caption)
+
+
+def _differences(summary: Summary) -> dict[str, Mapping[str, Any]]:
+    return {
+        str(entry["variant"]): entry["difference"]
+        for entry in summary["variants"]
+        if entry["difference"] is not None
+    }
+
+
+def _forest_figure(figure: Any, summary: Summary) -> str:
+    title = f"Differences in validation loss to {summary['baseline']}"
+    caption = (
+        f"Bar: {interval_name(summary)} over seeds. A bar that crosses zero is within noise. "
+        "Hollow marker: fewer than three seeds, no interval."
+    )
+    description = " ".join(conclusions(summary))
+    return _figure(render.inline_svg(figure, "differences", title, description), title, caption)
+
+
+def _provenance(summary: Summary) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    facts = [
+        ("Command", f"<code>{escape(summary['command'])}</code>"),
+        ("Commit", f"<code>{escape(summary['commit'] or 'not in a git repository')}</code>"),
+        ("Hardware", escape(summary["hardware"])),
+        ("Versions", escape(versions)),
+        (
+            "Recipe, the same for every variant",
+            "<br>".join(
+                f"<code>{escape(field)} = {escape(_value(value))}</code>"
+                for field, value in summary["recipe"].items()
+            ),
+        ),
+    ]
+    return "<dl>\n" + "\n".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in facts) + "\n</dl>"
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _caveats(summary: Summary) -> str:
+    level = f"{100 * summary['level']:g} %"
+    points = [
+        f"“Within noise” means that the {level} interval of the paired difference contains zero: "
+        "these seeds cannot tell the two apart. It does not show that they are equal; more seeds "
+        "narrow the interval.",
+        "The interval is Student's t over seeds of one recipe on one data set. It says nothing "
+        "about another size, a longer training or other data.",
+        f"Each interval stands alone. Among many variants compared at {level}, some fall outside "
+        "zero by chance.",
+        "Every variant saw the same number of tokens. A variant with fewer tokens per second took "
+        "longer for them: an equal-token comparison is not an equal-time comparison, so look at "
+        "the chart against wall-clock as well.",
+        "Tokens per second, training time and peak memory were measured on the machine named "
+        "above, and will differ on another.",
+        "All variants share the recipe above. None had a learning rate of its own, and another "
+        "recipe may favour another variant.",
+    ]
+    return "<ul>\n" + "\n".join(f"<li>{escape(point)}</li>" for point in points) + "\n</ul>"

@@ -1,0 +1,161 @@
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deep_delta.errors import UserError
+from deep_delta.report import write_report
+
+Make = Callable[..., Any]
+
+VOID = {"meta", "br", "link", "img", "hr"}
+LOSSES = {
+    "additive": {1: 3.30, 2: 3.31, 3: 3.29},
+    "ddl-cc": {1: 3.28, 2: 3.29, 3: 3.268},
+    "<b>x": {1: 3.31, 2: 3.30, 3: math.nan},
+}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and fails on a tag that closes out of turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.svgs: list[dict[str, str | None]] = []
+        self.inside_svgs: list[str] = []
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def _note(self, tag: str, attributes: dict[str, str | None]) -> None:
+        assert tag not in {"script", "link", "img", "iframe", "b"}
+        if attributes.get("id"):
+            self.ids.append(str(attributes["id"]))
+        if tag == "svg":
+            self.svgs.append(attributes)
+        if self.open and self.open[-1] == "svg" and tag in ("title", "desc"):
+            self.inside_svgs.append(tag)
+        self.loads += [str(attributes[key]) for key in ("href", "src") if key in attributes]
+
+
+def test_page_is_whole_self_contained_and_accessible(
+    tmp_path: Path, summary_of: Make, curves_of: Make
+) -> None:
+    path = write_report(summary_of(LOSSES), curves_of(LOSSES), tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"https?://", text)
+    assert "@import" not in text
+    assert all(load.startswith("#") and load[1:] in page.ids for load in page.loads)
+    assert all(name in page.ids for name in re.findall(r"url\(#([^)]+)\)", text))
+    assert len(page.svgs) == 3
+    for svg in page.svgs:
+        assert svg["role"] == "img"
+        assert svg["aria-label"]
+        assert svg["aria-describedby"] in page.ids
+    assert page.inside_svgs == ["title", "desc"] * 3
+    assert "currentColor" in text
+    assert "prefers-color-scheme" in text
+    words = "".join(page.words)
+    assert "<b>x" in words
+    assert "diverged" in words
+    assert "not in a git repository" in words
+
+
+@pytest.mark.parametrize("name", ["loss-vs-tokens.png", "loss-vs-time.png", "differences.png"])
+def test_charts_are_written(tmp_path: Path, summary_of: Make, curves_of: Make, name: str) -> None:
+    write_report(summary_of(LOSSES), curves_of(LOSSES), tmp_path)
+    data = (tmp_path / name).read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 8000
+
+
+def test_same_input_gives_the_same_bytes(tmp_path: Path, summary_of: Make, curves_of: Make) -> None:
+    for folder in ("one", "two"):
+        write_report(summary_of(LOSSES), curves_of(LOSSES), tmp_path / folder)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["differences.png", "loss-vs-time.png", "loss-vs-tokens.png", "report.html"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_without_a_baseline_there_is_no_chart_of_differences(
+    tmp_path: Path, summary_of: Make, curves_of: Make
+) -> None:
+    losses = {"ddl-cc": {1: 3.3}}
+    text = write_report(summary_of(losses, baseline=None), curves_of(losses), tmp_path).read_text(
+        encoding="utf-8"
+    )
+    assert len(Page(text).svgs) == 2
+    assert "the baseline was not run" in text
+    assert not (tmp_path / "differences.png").exists()
+
+
+def test_everything_diverged(tmp_path: Path, summary_of: Make, curves_of: Make) -> None:
+    losses = {"additive": {1: math.nan}, "ddl-cc": {1: math.inf}}
+    text = write_report(summary_of(losses), curves_of(losses), tmp_path).read_text(encoding="utf-8")
+    assert "no evaluation with a finite loss" in text
+
+
+def test_dollar_signs_and_user_settings_are_left_alone(
+    tmp_path: Path, summary_of: Make, curves_of: Make
+) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    losses = {"additive": {1: 3.0}, "$x^$": {1: 3.0}}
+    text = write_report(summary_of(losses), curves_of(losses), tmp_path).read_text(encoding="utf-8")
+    assert text.count("$x^$") > 4
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_missing_matplotlib_is_the_users_to_put_right(
+    tmp_path: Path, summary_of: Make, curves_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'deep-delta-learning\[report\]'"):
+        write_report(summary_of(LOSSES), curves_of(LOSSES), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_package_imports_no_matplotlib() -> None:
+    # What the rest of deep_delta imports is not this package's doing: look at what is added.
+    code = (
+        "import sys, deep_delta; before = set(sys.modules); "
+        "import deep_delta.report as r, deep_delta.report.html; r.write_report; "
+        "print(sorted({'matplotlib', 'rich', 'scipy'} & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    import deep_delta.report
+
+    for name in deep_delta.report.__all__:
+        assert getattr(deep_delta.report, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = deep_delta.report.no_such_name
