@@ -1,0 +1,123 @@
+"""Many runs, one question: does a residual help, and what does it cost?"""
+
+import dataclasses
+import gc
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deep_delta.compare.summary import summarise
+from deep_delta.errors import UserError
+from deep_delta.model.presets import VARIANTS, lookup
+from deep_delta.report import conclusions, print_table, write_report
+from deep_delta.train import Recipe, RunResult, read_metrics, train
+
+DEFAULT_VARIANTS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl-scalar")
+DEFAULT_SEEDS = (0, 1, 2)
+BASELINE = "additive"
+
+
+def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str) -> dict[str, Any]:
+    """Train every variant with every seed by one recipe, and report.
+
+    Runs that are finished in `recipe.out` are taken as they are, so an interrupted comparison goes
+    on with those that are missing. Seeds are the outer loop: what an interruption leaves is paired.
+
+    Args:
+        recipe: everything but the variant and the seed.
+        variants, seeds: without repeats; the pairs are trained in this order.
+        command: how the comparison was started, for the report.
+
+    Returns:
+        The summary that is also in OUT/summary.json; OUT/report.html and its plots show it.
+
+    Raises:
+        UserError: unknown or repeated variants or seeds, or what `train` raises.
+    """
+    _check_choices(variants, seeds)
+    # Interrupted, it has to find its data again in the same place for every variant.
+    results: list[RunResult] = []
+    folders: dict[tuple[str, int], Path] = {}
+    for seed in seeds:
+        for variant in variants:
+            run = dataclasses.replace(recipe, variant=variant, seed=seed)
+            folders[variant, seed] = run.run_folder
+            results.append(train(run))
+            gc.collect()  # the next run's peak memory starts without this one's model
+    out = Path(recipe.out)
+    context = {
+        "command": command,
+        "commit": _commit(),
+        "hardware": hardware(),
+        "versions": _versions(),
+        "recipe": _shared_fields(recipe),
+    }
+    baseline = BASELINE if BASELINE in variants else None
+    summary = summarise(results, folders, out, baseline, context)
+    curves = {
+        variant: {seed: read_metrics(folders[variant, seed] / "metrics.jsonl") for seed in seeds}
+        for variant in variants
+    }
+    (out / "summary.json").write_text(
+        json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    write_report(summary, curves, out)
+    print_table(summary)
+    for sentence in conclusions(summary):
+        print(sentence)
+    print(f"\nreport: {out / 'report.html'}")
+    return summary
+
+
+def hardware() -> str:
+    """The device that trains, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def _check_choices(variants: list[str], seeds: list[int]) -> None:
+    if not variants or not seeds:
+        raise UserError("compare needs at least one variant and one seed")
+    for variant in variants:
+        try:
+            lookup("variant", variant, VARIANTS)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    for name, chosen in (("variants", variants), ("seeds", seeds)):
+        if len(set(chosen)) != len(chosen):
+            raise UserError(f"{name} has repeats: {', '.join(map(str, chosen))}")
+
+
+def _shared_fields(recipe: Recipe) -> dict[str, Any]:
+    fields = dataclasses.asdict(recipe)
+    for name in ("variant", "seed", "out", "resume"):
+        del fields[name]
+    return fields
+
+
+def _commit() -> str | None:
+    """The commit of a checkout of this library, with "+" for uncommitted changes; else None."""
+    here = Path(__file__).resolve().parent
+    try:
+        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("deep-delta-learning", "torch", "transformers", "accelerate"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,19 @@
+"""Training: a recipe, and one run of it on Hugging Face's Trainer."""
+
+from deep_delta.train.metrics import read_metrics
+from deep_delta.train.recipe import Recipe, load_recipe, make_recipe, merge, parse_overrides
+from deep_delta.train.run import Interrupted, RunResult, model_config, read_result, train
+
+__all__ = [
+    "Interrupted",
+    "Recipe",
+    "RunResult",
+    "load_recipe",
+    "make_recipe",
+    "merge",
+    "model_config",
+    "parse_overrides",
+    "read_metrics",
+    "read_result",
+    "train",
+]

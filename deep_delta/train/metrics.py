@@ -1,0 +1,124 @@
+"""metrics.jsonl: one JSON object a logged step, continued without gaps or repeats on resume."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deep_delta.train.progress import ProgressLine
+
+Row = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def keep_until(path: Path, step: int) -> list[Row]:
+    """Drop the rows after a step, atomically, and return those that stay."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+    return rows
+
+
+def _line(row: Row) -> str:
+    # JSON has no NaN: a diverged loss is null, and readers can tell it from a number.
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+class MetricsWriter(TrainerCallback):
+    """Writes metrics.jsonl and the progress line.
+
+    Rows at logged steps: step, tokens, seconds, loss, lr, grad_norm, tokens_per_s; at evaluations:
+    step, tokens, seconds, val_loss. `seconds` is training time, without evaluation and saving;
+    `tokens` counts input tokens; `loss` is the mean over the steps since the last row.
+    """
+
+    def __init__(self, path: Path, tokens_per_step: int, resumed_at: int, progress: ProgressLine):
+        self.path, self.tokens_per_step, self.progress = path, tokens_per_step, progress
+        rows = keep_until(path, resumed_at)
+        self.seconds: float = rows[-1]["seconds"] if rows else 0.0
+        self.last_step = resumed_at
+        self.started: float | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        if self.started is None:
+            self.started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        # Whatever else happens after a step happens after its log, which stops the clock and
+        # empties the running loss: an evaluation is not timed, and a checkpoint loses no loss.
+        control.should_log |= control.should_evaluate or control.should_save
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs,
+    ) -> None:
+        if logs is None or "loss" not in logs or self.started is None:
+            return
+        elapsed = time.perf_counter() - self.started
+        self.started = None
+        self.seconds += elapsed
+        steps = state.global_step - self.last_step
+        self.last_step = state.global_step
+        speed = steps * self.tokens_per_step / elapsed
+        row = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "seconds": round(self.seconds, 4),
+            "loss": logs["loss"],
+            "lr": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_s": round(speed, 1),
+        }
+        self._append(row, state)
+        self.progress.update(state.global_step, logs["loss"], speed)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs,
+    ) -> None:
+        if metrics is None or "eval_loss" not in metrics:
+            return
+        row = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "seconds": round(self.seconds, 4),
+            "val_loss": metrics["eval_loss"],
+        }
+        self._append(row, state)
+
+    def _append(self, row: Row, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))

@@ -1,0 +1,207 @@
+"""A recipe: every choice of a training run, as one documented dataclass and one YAML file."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from deep_delta.errors import UserError
+
+# Changing these does not change what the run learns, so a resumed run may differ in them.
+_FREE_TO_CHANGE = {"out", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints"}
+
+
+@dataclass
+class Recipe:
+    """How to train one model. The defaults are the demo's: a tiny model on the bundled text."""
+
+    variant: str = field(default="ddl-cc", metadata={"help": "residual variant, e.g. additive"})
+    size: str = field(default="tiny", metadata={"help": "tiny, small or medium"})
+    parameterization: Literal["paper", "published"] = field(
+        default="paper", metadata={"help": "the paper's choices, or the published code's"}
+    )
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "fields of DeepDeltaConfig to set on top"}
+    )
+    data: str = field(
+        default="bundled",
+        metadata={"help": "folder made by ddl prepare, or 'bundled' for the package's own text"},
+    )
+    out: str = field(
+        default="runs/train", metadata={"help": "the run goes to OUT/VARIANT/seed-SEED"}
+    )
+    seed: int = field(default=0, metadata={"help": "initial weights and data order"})
+    steps: int = field(default=100, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=8, metadata={"help": "sequences per optimizer step, in all"})
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "sequences per forward pass and device; default: as few passes as can be"
+        },
+    )
+    seq_len: int = field(default=128, metadata={"help": "tokens per sequence"})
+    mask_documents: bool = field(
+        default=False,
+        metadata={"help": "do not attend, convolve or predict across documents of a sequence"},
+    )
+    lr: float = field(default=3e-3, metadata={"help": "peak learning rate"})
+    min_lr_ratio: float = field(default=0.1, metadata={"help": "final learning rate / lr"})
+    warmup_steps: int = field(default=10, metadata={"help": "steps of linear warm-up"})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "on tensors of two or more dimensions"}
+    )
+    decay_residual: bool = field(
+        default=True, metadata={"help": "false: no weight decay on gate, value, compressor and EC"}
+    )
+    beta1: float = field(default=0.9, metadata={"help": "AdamW's first momentum"})
+    beta2: float = field(default=0.95, metadata={"help": "AdamW's second momentum"})
+    clip: float = field(default=1.0, metadata={"help": "gradient norm limit"})
+    precision: Literal["auto", "bf16", "fp32"] = field(
+        default="auto", metadata={"help": "bf16 autocast where the device has it, or as named"}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute blocks in the backward pass to save memory"}
+    )
+    log_every: int = field(default=10, metadata={"help": "steps between rows of metrics.jsonl"})
+    eval_every: int = field(default=50, metadata={"help": "steps between evaluations"})
+    eval_sequences: int | None = field(
+        default=None, metadata={"help": "validation sequences to use; default: all"}
+    )
+    save_every: int | None = field(
+        default=None, metadata={"help": "steps between checkpoints; default: only the final model"}
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    resume: str = field(
+        default="auto",
+        metadata={"help": "auto (the newest checkpoint), never (start over) or a checkpoint path"},
+    )
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "log_every", "eval_every", "keep_checkpoints", "lr")
+        for name in (*positive, "micro_batch_size", "eval_sequences", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name} is {value}; it must be positive")
+        if self.seq_len < 2:
+            raise UserError(f"seq_len is {self.seq_len}; a sequence needs at least 2 tokens")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(
+                "warmup_steps and weight_decay must not be negative, and min_lr_ratio must lie "
+                "between 0 and 1"
+            )
+
+    @property
+    def run_folder(self) -> Path:
+        """OUT/VARIANT/seed-N."""
+        return Path(self.out) / self.variant / f"seed-{self.seed}"
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """The fields in which another recipe would train another model, as "name: old -> new"."""
+        return [
+            f"{f.name}: {getattr(other, f.name)} -> {getattr(self, f.name)}"
+            for f in fields(self)
+            if f.name not in _FREE_TO_CHANGE and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML (or JSON) recipe. UserError for a missing file, bad YAML, or bad fields."""
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"there is no recipe {path}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} must hold fields of a recipe, one 'name: value' a line")
+    return make_recipe(loaded, origin=str(path))
+
+
+def make_recipe(values: dict[str, Any], origin: str = "the recipe") -> Recipe:
+    """A recipe from plain values. UserError for unknown fields and wrong types, in one line."""
+    known = typing.get_type_hints(Recipe)
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{origin}: unknown field {name!r}{_nearest(name, known)}")
+        values = {**values, name: _checked(name, value, known[name], origin)}
+    return Recipe(**values)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Turn `--field value` (and `--model.field value`) words into recipe values.
+
+    Values are read as YAML scalars: numbers, true/false, null, and text for the rest. Dashes in
+    field names stand for underscores. UserError for a word without a field or without a value.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: options are given as --field value")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise UserError(f"--{name} needs a value")
+        value = yaml.safe_load(text)
+        name = name.replace("-", "_")
+        if name.startswith("model."):
+            values.setdefault("model", {})[name.removeprefix("model.")] = value
+        else:
+            values[name] = value
+    return values
+
+
+def merge(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """The recipe with other values; `model` is merged field by field."""
+    values = {**dataclasses.asdict(recipe), **overrides}
+    if "model" in overrides:
+        values["model"] = {**recipe.model, **overrides["model"]}
+    return make_recipe(values, origin="the command line")
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML, with the versions' own field order."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _checked(name: str, value: Any, hint: Any, origin: str) -> Any:
+    """The value, if it has the field's type. YAML reads 1e-3 as text: numbers get a second try."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if typing.get_origin(wanted) is Literal:
+        choices = typing.get_args(wanted)
+        if value in choices:
+            return value
+        raise UserError(f"{origin}: {name} is {value!r}; choose one of {', '.join(choices)}")
+    base = typing.get_origin(wanted) or wanted
+    if base is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif base is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    elif isinstance(value, base) and not (base is int and isinstance(value, bool)):
+        return value
+    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise UserError(
+        f"{origin}: {name} is {json.dumps(value)}; it must be {kind.get(base, 'fields')}"
+    )

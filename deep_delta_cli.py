@@ -1,0 +1,216 @@
+"""The command `ddl`: one subcommand per job.
+
+It stands outside the package, because importing that loads torch and transformers: `ddl --help`
+and a mistyped option answer at once.
+"""
+
+import argparse
+import errno
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. Errors a person can mend are one line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options, rest = _parser().parse_known_args(words)
+    if rest and options.run is _prepare:
+        return _fail(f"unknown option {rest[0]!r}: see ddl prepare --help")
+    try:
+        return options.run(options, rest)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
+        return _fail(line)
+
+
+def _one_line(error: Exception) -> str | None:
+    """The message of an error that the user can put right; None for a bug, which keeps a trace."""
+    from deep_delta.errors import UserError
+
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error) or "file write failed" in str(error):
+        return "no disk space left: make room and give the same command again"
+    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+        return f"{error.strerror}: {error.filename}"
+    return None
+
+
+def _fail(line: str, status: int = 1) -> int:
+    print(f"ddl: {line}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"ddl: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ddl",
+        description="Deep Delta Learning: train and compare residual streams that rewrite.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    jobs = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    prepare = jobs.add_parser(
+        "prepare",
+        help="turn text into token shards",
+        description="Turn .txt, .jsonl(.gz/.zst/.xz) and .parquet files, folders of them, or the "
+        "name of a data set into token shards. An interrupted run goes on where it stopped.",
+        allow_abbrev=False,
+    )
+    prepare.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or a data set")
+    prepare.add_argument("--out", required=True, type=Path, help="folder for the shards")
+    prepare.add_argument("--tokenizer", help="name or path; default: the bundled tokenizer")
+    prepare.add_argument(
+        "--val-fraction", type=_fraction, default=0.01, help="documents kept for validation (0.01)"
+    )
+    prepare.set_defaults(run=_prepare)
+
+    train = jobs.add_parser(
+        "train",
+        help="train one model by a recipe",
+        usage="ddl train RECIPE.yaml [--field value ...]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", nargs="?", type=Path)
+    train.add_argument("-h", "--help", action="store_true")
+    train.set_defaults(run=_train)
+
+    compare = jobs.add_parser(
+        "compare",
+        help="train several residuals by one recipe and report",
+        usage="ddl compare [--variants a,b] [--seeds 0,1] [--field value ...]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    compare.add_argument("--variants")
+    compare.add_argument("--seeds")
+    compare.add_argument("-h", "--help", action="store_true")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, **kwargs):
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+
+        parser.exit(0, f"ddl {version('deep-delta-learning')}\n")
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
+    from deep_delta.data import prepare
+
+    prepare(
+        options.inputs, options.out, tokenizer=options.tokenizer, val_fraction=options.val_fraction
+    )
+    return 0
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.help:
+        print("usage: ddl train RECIPE.yaml [--field value ...]\n")
+        print("Train one model; its folder is OUT/VARIANT/seed-SEED. Fields of a recipe:\n")
+        return _print_fields()
+    from deep_delta.errors import UserError
+
+    if options.recipe is None:
+        raise UserError("train needs a recipe: ddl train RECIPE.yaml [--field value ...]")
+    _need("train", "accelerate", "psutil", "yaml")
+    from deep_delta.train import Interrupted, load_recipe, merge, parse_overrides, train
+
+    recipe = merge(load_recipe(options.recipe), parse_overrides(rest))
+    try:
+        train(recipe)
+    except Interrupted:
+        return _fail("interrupted; the same command goes on from the checkpoint", INTERRUPTED)
+    print(f"{recipe.run_folder / 'final'}")
+    return 0
+
+
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.help:
+        print("usage: ddl compare [--variants a,b] [--seeds 0,1] [--field value ...]\n")
+        print("Train every variant with every seed by one recipe; report in OUT/report.html.\n")
+        print("  --variants               comma-separated; default: two additive models, write-")
+        print("                           only, DDL-CC and scalar DDL")
+        print("  --seeds                  comma-separated; default: 0,1,2\n")
+        print("Fields of the recipe:\n")
+        return _print_fields()
+    _need("train", "accelerate", "psutil", "yaml")
+    _need("report", "matplotlib", "rich")
+    from deep_delta.compare import DEFAULT_SEEDS, DEFAULT_VARIANTS, compare
+    from deep_delta.errors import UserError
+    from deep_delta.train import Interrupted, make_recipe, parse_overrides
+
+    overrides = parse_overrides(rest)
+    for field in ("variant", "seed", "resume"):
+        if field in overrides:
+            raise UserError(f"compare takes no --{field}: it is about --variants and --seeds")
+    recipe = make_recipe({"out": "runs/compare", **overrides}, origin="the command line")
+    variants = options.variants.split(",") if options.variants else list(DEFAULT_VARIANTS)
+    try:
+        seeds = [int(s) for s in options.seeds.split(",")] if options.seeds else DEFAULT_SEEDS
+    except ValueError:
+        raise UserError(
+            f"--seeds is {options.seeds!r}; it must be whole numbers like 0,1,2"
+        ) from None
+    try:
+        command = "ddl " + shlex.join(sys.argv[1:])
+        compare(recipe, [name.strip() for name in variants], list(seeds), command)
+    except Interrupted:
+        return _fail("interrupted; the same command goes on with what is missing", INTERRUPTED)
+    return 0
+
+
+def _print_fields() -> int:
+    import dataclasses
+
+    _need("train", "yaml")
+    from deep_delta.train.recipe import Recipe
+
+    for field in dataclasses.fields(Recipe):
+        default = {} if field.default_factory is not dataclasses.MISSING else field.default
+        print(f"  --{field.name:<23}{field.metadata['help']} ({default})")
+    return 0
+
+
+def _need(extra: str, *modules: str) -> None:
+    """UserError naming the extra that brings a module which is not installed."""
+    from importlib.util import find_spec
+
+    from deep_delta.errors import UserError
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"this command needs {', '.join(missing)} from the extra {extra!r}: "
+            f"pip install 'deep-delta-learning[{extra}]'"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
