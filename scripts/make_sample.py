@@ -56,9 +56,9 @@ PLOS_CREDITS = {
 NOTICE = """\
 The text in text.jsonl.xz, and the tokenizer trained on it, come from the sources below. Each
 keeps its own licence; none of them is share-alike. Changes were made to all of them: markup, code
-blocks, formulas, tables, figures and references were removed, duplicate documents and boilerplate
-paragraphs were dropped, and a part of the documents was chosen. The field "source" of each line
-names its source.
+blocks, displayed formulas, tables, figures and references were removed, duplicate documents and
+boilerplate paragraphs were dropped, and a part of the documents was chosen. The field "source" of
+each line names its source.
 
 classics-nonfiction, classics-fiction
     Public domain, as the collection states of all its titles. Books are cut into parts of about
@@ -81,8 +81,8 @@ opensource-guide
 
 plos
     Articles of PLOS journals. Licence: each says that it is open access under the Creative Commons
-    Attribution License (CC BY), https://creativecommons.org/licenses/by/4.0/ and earlier versions.
-    Credited here by title, authors, year and DOI.
+    Attribution License (CC BY) and names no version of it; the current version is at
+    https://creativecommons.org/licenses/by/4.0/. Credited here by title, authors, year and DOI.
     From https://github.com/PLOS/allofplos, commit 07fdeed848b2816a7fbf7da6418ef6e2076e1960.
 {articles}
 """

@@ -5,6 +5,7 @@ import warnings
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -54,6 +55,7 @@ class DeepDeltaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: an unknown field, or a combination that has no meaning; one line each.
+        StrictDataclassError: a value of the wrong type.
     """
 
     model_type = "deep_delta"
@@ -123,6 +125,8 @@ class DeepDeltaConfig(PreTrainedConfig):
         kwargs.pop("sliding_window", None)
         _reject_unknown(kwargs)
         super().__post_init__(**kwargs)
+        _check_state(self)
+        _check_delta(self)
 
     # What transformers' attention, caches and masks look up and this family does not have.
     sliding_window = None
@@ -154,13 +158,10 @@ class DeepDeltaConfig(PreTrainedConfig):
         Raises:
             ValueError: an unknown variant, size, parameterization or field, with the nearest name.
         """
-        return cls(**{**preset_fields(variant, size, parameterization), **overrides})
-
-    def validate_architecture(self):
-        """Part of transformers' strict validation, called on construction."""
-        super().validate_architecture()
-        _check_state(self)
-        _check_delta(self)
+        try:
+            return cls(**{**preset_fields(variant, size, parameterization), **overrides})
+        except StrictDataclassError as error:  # two lines, of which the second says it
+            raise ValueError(str(error).splitlines()[-1].strip()) from None
 
 
 # Keys that transformers itself adds to a saved config, beside its declared fields.

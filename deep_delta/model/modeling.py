@@ -164,17 +164,24 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T) or inputs_embeds (B, T, d) -> last_hidden_state (B, T, d), normalised.
 
-        Packed documents are found from position_ids that restart, without a mask or a cache.
+        Packed documents are found from position_ids that restart, where no mask and no cache is
+        given: neither attention nor convolutions cross them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
+        segments = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            segments = find_packed_sequence_indices(position_ids)
+        # Packed documents have no common end to go on from, and the mask that keeps them apart is
+        # only made without a cache.
+        if use_cache and past_key_values is None and segments is None:
             past_key_values = DynamicCache(config=self.config)
-        packed = position_ids is not None and attention_mask is None and past_key_values is None
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -195,7 +202,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
             }
         window = TokenWindow(
             mask=masks.get("linear_attention"),
-            segments=find_packed_sequence_indices(position_ids) if packed else None,
+            segments=segments,
             cache=past_key_values,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)

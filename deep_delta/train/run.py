@@ -102,7 +102,7 @@ def train(recipe: Recipe) -> RunResult:
         if stopper.requested and trainer.state.global_step < recipe.steps:
             progress.finish(f"interrupted at step {trainer.state.global_step}, checkpoint saved")
             raise Interrupted
-    _save_final(trainer, data_folder, folder / FINAL)
+    _save_final(trainer, model, data_folder, folder / FINAL)
     result = _result(recipe, config, model, folder, memory.bytes)
     progress.finish(
         f"val loss {float('nan') if result.val_loss is None else result.val_loss:.4f}  "
@@ -122,8 +122,6 @@ def model_config(recipe: Recipe) -> DeepDeltaConfig:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    except Exception as error:  # huggingface_hub's type checks raise classes of their own
-        raise UserError(f"the model's fields do not fit: {' '.join(str(error).split())}") from None
     if recipe.seq_len > config.max_position_embeddings:
         config.max_position_embeddings = recipe.seq_len
     return config
@@ -248,6 +246,7 @@ def _data_folder(recipe: Recipe) -> Path:
 def _datasets(recipe: Recipe, folder: Path, config: DeepDeltaConfig) -> tuple[Dataset, Dataset]:
     train_shards, val_shards = (TokenShards.open(folder, split) for split in ("train", "val"))
     check_tokenizer(train_shards.manifest, config.vocab_size)
+    config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
     mask = recipe.mask_documents
     train_data = PackedSequences(train_shards, recipe.seq_len, mask_documents=mask)
     if len(train_data) < recipe.batch_size:
@@ -303,13 +302,17 @@ def _check_disk(folder: Path, model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def _save_final(trainer: Trainer, data_folder: Path, final: Path) -> None:
+def _save_final(
+    trainer: Trainer, model: DeepDeltaForCausalLM, data_folder: Path, final: Path
+) -> None:
     """Weights, configuration and tokenizer, complete or not there at all."""
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    model.config.use_cache = True  # Trainer switches it off, but the model is to be used now
     trainer.save_model(str(temporary))
     if not trainer.is_world_process_zero():
         return
+    (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(data_folder / name, temporary / name)
     shutil.rmtree(final, ignore_errors=True)
