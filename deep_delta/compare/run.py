@@ -15,7 +15,7 @@ import torch
 from deep_delta.compare.summary import summarise
 from deep_delta.errors import UserError
 from deep_delta.model.presets import VARIANTS, lookup
-from deep_delta.report import conclusions, print_table, write_report
+from deep_delta.report import print_table, write_report
 from deep_delta.train import Recipe, RunResult, read_metrics, train
 
 DEFAULT_VARIANTS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl-scalar")
@@ -41,7 +41,6 @@ def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str)
         UserError: unknown or repeated variants or seeds, or what `train` raises.
     """
     _check_choices(variants, seeds)
-    # Interrupted, it has to find its data again in the same place for every variant.
     results: list[RunResult] = []
     folders: dict[tuple[str, int], Path] = {}
     for seed in seeds:
@@ -69,8 +68,6 @@ def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str)
     )
     write_report(summary, curves, out)
     print_table(summary)
-    for sentence in conclusions(summary):
-        print(sentence)
     print(f"\nreport: {out / 'report.html'}")
     return summary
 

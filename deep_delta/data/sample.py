@@ -26,6 +26,8 @@ def prepare_bundled(out: Path) -> Path:
     # Not at the top: prepare needs this module to find the tokenizer.
     from deep_delta.data.prepare import prepare
 
+    if (out / "manifest.json").is_file():  # written last: the folder is complete
+        return out
     prepare([str(bundled_text())], out, val_fraction=SAMPLE_VAL_FRACTION)
     return out
 

@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from deep_delta.model.build import build_expand, build_readout, build_residual, matrix_std
 from deep_delta.model.configuration import DeepDeltaConfig
-from deep_delta.residual import ResidualModule, State, TokenWindow
+from deep_delta.residual import ResidualModule, RMSNorm, State, TokenWindow
 
 
 class AttentionNormAfterRope(Qwen3Attention):
@@ -136,7 +136,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
             DeepDeltaBlock(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.readout = build_readout(config)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._prepare_initialisation()
@@ -223,7 +223,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
                     **kwargs,
                 )
             )
-        hidden = self.norm(self.readout(state, window)).to(self.norm.weight.dtype)
+        hidden = self.norm(self.readout(state, window))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,

@@ -17,7 +17,7 @@ from deep_delta.residual.generators import (
     SublayerDirection,
     TokenGate,
 )
-from deep_delta.residual.layers import AdditiveResidual, DeltaResidual, Residual
+from deep_delta.residual.layers import AdditiveResidual, DeltaResidual, Residual, RMSNorm
 
 __all__ = [
     "AdditiveResidual",
@@ -28,6 +28,7 @@ __all__ = [
     "FixedGate",
     "LayerGate",
     "LinearValue",
+    "RMSNorm",
     "Repeat",
     "Residual",
     "ResidualModule",

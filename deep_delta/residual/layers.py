@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deep_delta.ops import unit_scale
 from deep_delta.residual.compress import ChannelCompressor, ScalarRead
@@ -22,6 +23,17 @@ from deep_delta.residual.contract import (
 from deep_delta.residual.generators import LinearValue, SublayerDirection, TokenGate
 
 ValueSource = Literal["context", "state", "output"]
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in at least fp32, whatever comes in; what goes out has the weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, weight, self.eps).to(
+            self.weight.dtype
+        )
 
 
 class Residual(ResidualModule):
@@ -59,15 +71,14 @@ class Residual(ResidualModule):
             self.compressor = compressor
         else:  # past nn.Module's own __setattr__, which would register it a second time
             object.__setattr__(self, "compressor", compressor)
-        self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.norm = RMSNorm(width, eps=norm_eps)
         self.slot = slot
 
     def read(self, state: State, window: TokenWindow | None) -> tuple[Tensor, Tensor, Tensor]:
         """The settled X (B, T, d, d_v), x_in (B, T, d) and the context c = RMSNorm(x_in)."""
         x = state.settle()
         x_in = self.compressor(x, window, self.slot)
-        context = self.norm(x_in.to(torch.promote_types(x_in.dtype, torch.float32)))
-        return x, x_in, context.to(self.norm.weight.dtype)
+        return x, x_in, self.norm(x_in)
 
 
 class AdditiveResidual(Residual):

@@ -14,7 +14,7 @@ class ProgressLine:
         self.label, self.steps, self.start = label, steps, start
         self.began = time.monotonic()
         self.live = sys.stderr.isatty()
-        self.printed = 0.0
+        self.tenths = 0
         self._width = 0
 
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
@@ -26,8 +26,8 @@ class ProgressLine:
         )
         if self.live:
             self._rewrite(text)
-        elif step / self.steps >= self.printed + 0.1 or step >= self.steps:
-            self.printed = step / self.steps
+        elif 10 * step // self.steps > self.tenths:
+            self.tenths = 10 * step // self.steps
             print(text, file=sys.stderr, flush=True)
 
     def finish(self, text: str) -> None:

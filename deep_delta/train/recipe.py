@@ -48,9 +48,9 @@ class Recipe:
         default=False,
         metadata={"help": "do not attend, convolve or predict across documents of a sequence"},
     )
-    lr: float = field(default=3e-3, metadata={"help": "peak learning rate"})
+    lr: float = field(default=6e-3, metadata={"help": "peak learning rate"})
     min_lr_ratio: float = field(default=0.1, metadata={"help": "final learning rate / lr"})
-    warmup_steps: int = field(default=10, metadata={"help": "steps of linear warm-up"})
+    warmup_steps: int = field(default=20, metadata={"help": "steps of linear warm-up"})
     weight_decay: float = field(
         default=0.1, metadata={"help": "on tensors of two or more dimensions"}
     )
