@@ -6,7 +6,8 @@ Facts about it are in the paper's appendix A and its repository; the code below 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,26 +111,37 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[Weights, dict | No
         return _strip(dict(source)), None
     path = Path(source)
     if path.is_file() and path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        with _readable(path), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            config = json.loads(metadata["config"]) if "config" in metadata else None
         inside = {name: t for name, t in named.items() if name.startswith("weights.")}
-        config = json.loads(metadata["config"]) if "config" in metadata else None
         return _strip(inside or named), config
     if not path.is_dir():
         raise ValueError(f"{path} is neither a folder nor a .safetensors file")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: not a checkpoint folder")
-    config = json.loads((path / "config.json").read_text())
-    if (path / "model.safetensors").is_file():
-        return _strip(load_file(path / "model.safetensors")), config
-    if (path / "pytorch_model.bin").is_file():
-        loaded = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        return _strip(loaded), config
+    with _readable(path / "config.json"):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    safe, pickled = path / "model.safetensors", path / "pytorch_model.bin"
+    if safe.is_file():
+        with _readable(safe):
+            return _strip(load_file(safe)), config
+    if pickled.is_file():
+        with _readable(pickled):
+            return _strip(torch.load(pickled, map_location="cpu", weights_only=True)), config
     raise ValueError(f"{path} has neither model.safetensors nor pytorch_model.bin")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        details = str(error).strip().splitlines()
+        reason = details[0] if details else type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
 def _strip(weights: Mapping[str, Tensor]) -> Weights:

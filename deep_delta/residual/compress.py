@@ -1,7 +1,8 @@
 """Compressors: from the expanded state X (B, T, d, d_v) to the width-d input of a sublayer (§A.3).
 
-All share one call, `compressor(x, window, slot) -> (B, T, d)` in at least fp32; only the token
-compressor looks at its `TokenWindow`, and keeps its history in the cache slot of the read.
+All share one call, `compressor(x, window, slot) -> (B, T, d)`, in at least fp32 where anything is
+summed; only the token compressor looks at its `TokenWindow`, and keeps its history in the cache
+slot of the read.
 """
 
 import torch

@@ -1,0 +1,198 @@
+"""Plant bugs one at a time and show which test catches each: `make mutants`.
+
+Every bug is one exact replacement in a temporary copy of the package; the fitting tests then run
+against the copy. Exits 1 if a bug survives, if a replacement no longer matches the code, or if
+the tests are red without any bug.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[1]
+TIMEOUT = 240  # seconds a run; a test that hangs proves nothing, so it does not count
+
+DELTA, TOKENS = "tests/ops/test_delta_rule.py", "tests/ops/test_tokens.py"
+CONTRACT, MODEL = "tests/residual/test_contract.py", "tests/model/test_model.py"
+DECODING, START = "tests/model/test_decoding.py", "tests/model/test_initialisation.py"
+CONFIG, PUBLISHED = "tests/model/test_config.py", "tests/model/test_published.py"
+
+# Fails the run unless the copy is what Python imports (the package is installed as editable).
+GUARD = """
+from pathlib import Path
+import deep_delta
+assert Path(deep_delta.__file__).is_relative_to(Path(__file__).parent), deep_delta.__file__
+"""
+
+
+class Mutant(NamedTuple):
+    bug: str
+    file: str  # below deep_delta/
+    old: str
+    new: str
+    tests: str
+    select: str = ""  # pytest -k
+
+
+REFERENCE, GENERATORS = "ops/reference.py", "residual/generators.py"
+LAYERS, COMPRESS, SHARED = "residual/layers.py", "residual/compress.py", "residual/contract.py"
+BUILD, MODELING = "model/build.py", "model/modeling.py"
+
+MUTANTS = [
+    Mutant("no erase term", REFERENCE,
+           "row - erase.unsqueeze(-1) * readout(state, key)", "row", DELTA),
+    Mutant("scale once, not twice, in the erase term", REFERENCE,
+           "* readout(state, key)", "* readout(state, direction)", DELTA),
+    Mutant("ε not squared", REFERENCE, "+ eps**2", "+ eps", DELTA),
+    Mutant("length of the direction detached", REFERENCE,
+           "wide = direction.to(", "wide = direction.detach().to(", DELTA),
+    Mutant("computed in the state's bf16", REFERENCE,
+           "dtype = torch.float32\n", "dtype = tensors[0].dtype\n", DELTA),
+    Mutant("token compressor looks ahead", REFERENCE,
+           "shift_tokens(pooled[last - step], step, segments)",
+           "pooled[last - step].roll(-step, 1)", TOKENS),
+    Mutant("embedding convolution off by one tap", REFERENCE,
+           "shifted.unsqueeze(-1), taps[..., last - step]",
+           "shifted.unsqueeze(-1), taps[..., last - step + 1]", TOKENS),
+    Mutant("documents not kept apart", REFERENCE,
+           "== segments[:, :-steps]", "== segments[:, steps:]", TOKENS),
+    Mutant("gate is σ without the 2", GENERATORS,
+           "return 2 * torch.sigmoid(linear_fp32(", "return torch.sigmoid(linear_fp32(", CONTRACT),
+    Mutant("sigmoid value without its scale", GENERATORS,
+           "self.scale * torch.sigmoid(value)", "torch.sigmoid(value)", CONTRACT),
+    Mutant("direction detached from the sublayer", LAYERS,
+           "self.direction(x, output)", "self.direction(x, output.detach())", CONTRACT,
+           "gets_a_gradient"),
+    Mutant("pending write dropped", SHARED,
+           "return apply_write(self.x, self.direction, self.scale, self.target, self.erase)",
+           "return self.x", CONTRACT),
+    Mutant("pending write applied twice", LAYERS, "x = state.settle()",
+           "x = state._replace(x=state.settle()).settle()", CONTRACT),
+    Mutant("value from x_in instead of the context", LAYERS,
+           "self.value(sources[self.value_source])", "self.value(x_in)", CONTRACT, "equation"),
+    Mutant("value not gated", LAYERS, "write_gate.unsqueeze(-1) * value", "value",
+           CONTRACT, "equation"),
+    Mutant("erase and write gates swapped", LAYERS, "else self.erase_gate(context)\n",
+           "else self.erase_gate(context)\n"
+           "        write_gate, erase_gate = erase_gate, write_gate\n", CONTRACT, "equation"),
+    Mutant("write-only erases", LAYERS, "erase_gate if self.erase else None", "erase_gate",
+           CONTRACT, "equation"),
+    Mutant("context not normalised", LAYERS, "return x, x_in, self.norm(x_in)",
+           "return x, x_in, x_in", CONTRACT, "equation"),
+    Mutant("read rounded to bf16 before its norm", LAYERS, "F.rms_norm(x.to(dtype),",
+           "F.rms_norm(x.bfloat16().to(dtype),", MODEL, "state_dtype"),
+    Mutant("borrowed compressor registered twice", LAYERS,
+           'object.__setattr__(self, "compressor", compressor)', "self.compressor = compressor",
+           CONTRACT, "registered_once"),
+    Mutant("compressor not shared in a block", MODELING,
+           "self.attn_residual if config.share_compressor else None", "None", CONFIG,
+           "adds_the_parameters"),
+    Mutant("two reads share one history", BUILD, '"slot": (layer, index)', '"slot": (layer, 0)',
+           DECODING, "cached_chunks"),
+    Mutant("padding not masked in convolutions", SHARED, "if self.mask is not None:", "if False:",
+           DECODING, "left_padding"),
+    Mutant("labels not shifted", MODELING, "logits=logits, labels=labels,",
+           "logits=logits, labels=labels, shift_labels=labels,", MODEL, "next_token"),
+    Mutant("num_items_in_batch ignored", MODELING, "vocab_size=self.config.vocab_size, **kwargs",
+           "vocab_size=self.config.vocab_size", MODEL, "num_items"),
+    Mutant("gate's bias starts at 0", SHARED, "return math.log(share) - math.log1p(-share)",
+           "return 0.0", START, "starts_at_its_value"),
+    Mutant("residual draws the backbone's random numbers", BUILD,
+           "with torch.random.fork_rng(devices=[]):", "if True:", START, "backbone"),
+    Mutant("channels written alike", SHARED, "0.5 * noise", "0.0 * noise", START,
+           "additive and equal_in_training"),
+    Mutant("folded channel kernel off by one", COMPRESS, "output + tap - left",
+           "output + tap - left + 1", PUBLISHED, "folded"),
+    Mutant("queries and keys normalised before RoPE", MODELING,
+           '"after_rope": AttentionNormAfterRope', '"after_rope": Qwen3Attention', PUBLISHED,
+           "published_option"),
+]  # fmt: skip
+
+
+def run_tests(folder: Path, *arguments: str) -> tuple[int, str]:
+    """pytest's exit status and output in a copy; 1 is "a test failed", nothing else is."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "guard", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, *arguments],
+            cwd=folder,
+            env=environment,
+            timeout=TIMEOUT,
+            capture_output=True,
+            text=True,
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"no answer in {TIMEOUT} s"
+    return done.returncode, done.stdout + done.stderr
+
+
+def copy_package(folder: Path) -> None:
+    """What the tests of the lower floors need, and a guard that they import this copy."""
+    skip = shutil.ignore_patterns("__pycache__", "bundled")
+    shutil.copytree(REPO / "deep_delta", folder / "deep_delta", ignore=skip)
+    for name in ("ops", "residual", "model"):
+        shutil.copytree(REPO / "tests" / name, folder / "tests" / name, ignore=skip)
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/helpers.py"):
+        shutil.copy(REPO / name, folder / name)
+    (folder / "guard.py").write_text(GUARD, encoding="utf-8")
+
+
+def check(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the bug was caught, and by what, or why it is not known."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        folder = Path(name)
+        copy_package(folder)
+        file = folder / "deep_delta" / mutant.file
+        code = file.read_text(encoding="utf-8")
+        if (count := code.count(mutant.old)) != 1:
+            return False, f"NO MATCH: found {count} times in {mutant.file}: {mutant.old!r}"
+        file.write_text(code.replace(mutant.old, mutant.new), encoding="utf-8")
+        select = ["-k", mutant.select] if mutant.select else []
+        status, output = run_tests(folder, "-x", mutant.tests, *select)
+    if status == 0:
+        return False, "SURVIVED"
+    failed = re.search(r"^FAILED \S+/(\w+\.py::.+?)( - |$)", output, re.MULTILINE)
+    if status != 1 or failed is None:
+        return False, f"NOT RUN (pytest says {status}): {' '.join(output.split())[-200:]}"
+    return True, failed[1]
+
+
+def check_without_bug(whole_files: bool) -> str:
+    """The output of the tests above if they are red already: then their red means nothing."""
+    whole = {mutant.tests for mutant in MUTANTS if not mutant.select}
+    rest = [mutant for mutant in MUTANTS if mutant.tests not in whole]
+    arguments = sorted(whole)
+    if not whole_files:
+        chosen = {f"({mutant.select})" for mutant in rest}
+        arguments = [*sorted({mutant.tests for mutant in rest}), "-k", " or ".join(chosen)]
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        copy_package(Path(name))
+        status, output = run_tests(Path(name), *arguments)
+    return "" if status == 0 else output
+
+
+def main() -> int:
+    started, caught = time.monotonic(), 0
+    width = max(len(mutant.bug) for mutant in MUTANTS)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        if red := "".join(pool.map(check_without_bug, (True, False))):
+            print(f"The tests are red without any bug:\n{red[-3000:]}")
+            return 1
+        print(f"{'bug':{width}}  killed by")
+        for mutant, (killed, by) in zip(MUTANTS, pool.map(check, MUTANTS), strict=True):
+            caught += killed
+            print(f"{mutant.bug:{width}}  {by}", flush=True)
+    print(f"{caught} of {len(MUTANTS)} bugs caught in {time.monotonic() - started:.0f} s")
+    return 0 if caught == len(MUTANTS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
