@@ -5,12 +5,14 @@ and a mistyped option answer at once.
 """
 
 import argparse
+import difflib
 import errno
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+COMPARE_DECIDES = ("variant", "seed", "resume")  # fields of a recipe that compare sets itself
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 
@@ -19,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = _parser().parse_known_args(words)
     if rest and options.run is _prepare:
-        return _fail(f"unknown option {rest[0]!r}: see ddl prepare --help")
+        near = difflib.get_close_matches(rest[0], ("--out", "--tokenizer", "--val-fraction"), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see ddl prepare --help"
+        return _fail(f"unknown option {rest[0]!r}; {hint}")
     try:
         return options.run(options, rest)
     except KeyboardInterrupt:
@@ -111,7 +115,8 @@ class _Version(argparse.Action):
     def __call__(self, parser, *_):
         from importlib.metadata import version
 
-        parser.exit(0, f"ddl {version('deep-delta-learning')}\n")
+        print(f"ddl {version('deep-delta-learning')}")
+        parser.exit(0)
 
 
 def _fraction(text: str) -> float:
@@ -159,15 +164,15 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         print("                           only, DDL-CC and scalar DDL")
         print("  --seeds                  comma-separated; default: 0,1,2\n")
         print("Fields of the recipe:\n")
-        return _print_fields()
+        return _print_fields(without=COMPARE_DECIDES)
     _need("train", "accelerate", "psutil", "yaml")
     _need("report", "matplotlib", "rich")
     from deep_delta.compare import DEFAULT_SEEDS, DEFAULT_VARIANTS, compare
     from deep_delta.errors import UserError
     from deep_delta.train import Interrupted, make_recipe, parse_overrides
 
-    overrides = parse_overrides(rest)
-    for field in ("variant", "seed", "resume"):
+    overrides = parse_overrides(rest, also=("variants", "seeds"))
+    for field in COMPARE_DECIDES:
         if field in overrides:
             raise UserError(f"compare takes no --{field}: it is about --variants and --seeds")
     recipe = make_recipe({"out": "runs/compare", **overrides}, origin="the command line")
@@ -186,13 +191,15 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _print_fields() -> int:
+def _print_fields(without: Sequence[str] = ()) -> int:
     import dataclasses
 
     _need("train", "yaml")
     from deep_delta.train.recipe import Recipe
 
     for field in dataclasses.fields(Recipe):
+        if field.name in without:
+            continue
         default = {} if field.default_factory is not dataclasses.MISSING else field.default
         print(f"  --{field.name:<23}{field.metadata['help']} ({default})")
     return 0

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from deep_delta.report import mean_and_spread, paired_difference
@@ -63,7 +63,8 @@ def _variant(runs: list[RunResult], reference: dict[int, float] | None) -> dict[
         "parameters": first.parameters,
         "flops_per_token": first.flops_per_token,
         "tokens_per_s": fmean(run.tokens_per_s for run in runs),
-        "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
+        # The median: on a CPU the first run of a process also pays for what libraries load.
+        "peak_memory_bytes": int(median(run.peak_memory_bytes for run in runs)),
         "val_loss": _mean_and_spread(list(losses.values())) | {"n": len(runs)},
         "perplexity": _mean_and_spread([math.exp(loss) for loss in losses.values()]),
         "difference": None if reference is None else _difference(losses, reference),

@@ -189,6 +189,13 @@ def _generation_keys() -> set[str]:
     return set(GenerationConfig._get_default_generation_params())
 
 
+_AT_LEAST_ONE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "compressor_kernel_size",
+    "embedding_kernel_size", "direction_hidden_size",
+)  # fmt: skip
+
+
 def _check_state(config: DeepDeltaConfig) -> None:
     if config.value_channels < 1:
         raise ValueError(f"value_channels is {config.value_channels}; it must be at least 1")
@@ -206,7 +213,7 @@ def _check_state(config: DeepDeltaConfig) -> None:
             "compressor_kernel_size is the token compressor's: leave it out, or set "
             "compressor='token'"
         )
-    for name in ("compressor_kernel_size", "embedding_kernel_size", "direction_hidden_size"):
+    for name in _AT_LEAST_ONE:
         size = getattr(config, name)
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")

@@ -26,6 +26,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 4096, "hidden_size": 96, "num_hidden_layers": 4,
         "num_attention_heads": 2, "head_dim": 48, "max_position_embeddings": 256,
+        # So that an embedding is about as long as at 768, where 0.02 gives 0.55; with 0.02 the
+        # additive baseline learned more slowly (0.26 nats higher after 80 steps).
+        "initializer_range": 0.05,
     },
     "small": {
         "vocab_size": 50304, "hidden_size": 768, "num_hidden_layers": 12,

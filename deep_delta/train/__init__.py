@@ -1,8 +1,9 @@
 """Training: a recipe, and one run of it on Hugging Face's Trainer."""
 
+from deep_delta.train.folder import RunResult, read_result
 from deep_delta.train.metrics import read_metrics
 from deep_delta.train.recipe import Recipe, load_recipe, make_recipe, merge, parse_overrides
-from deep_delta.train.run import Interrupted, RunResult, model_config, read_result, train
+from deep_delta.train.run import Interrupted, model_config, train
 
 __all__ = [
     "Interrupted",

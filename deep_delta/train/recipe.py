@@ -1,8 +1,9 @@
 """A recipe: every choice of a training run, as one documented dataclass and one YAML file."""
 
+import contextlib
 import dataclasses
 import difflib
-import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -35,7 +36,7 @@ class Recipe:
         default="runs/train", metadata={"help": "the run goes to OUT/VARIANT/seed-SEED"}
     )
     seed: int = field(default=0, metadata={"help": "initial weights and data order"})
-    steps: int = field(default=100, metadata={"help": "optimizer steps"})
+    steps: int = field(default=80, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=8, metadata={"help": "sequences per optimizer step, in all"})
     micro_batch_size: int | None = field(
         default=None,
@@ -67,9 +68,9 @@ class Recipe:
         default=False, metadata={"help": "recompute blocks in the backward pass to save memory"}
     )
     log_every: int = field(default=10, metadata={"help": "steps between rows of metrics.jsonl"})
-    eval_every: int = field(default=50, metadata={"help": "steps between evaluations"})
+    eval_every: int = field(default=40, metadata={"help": "steps between evaluations"})
     eval_sequences: int | None = field(
-        default=None, metadata={"help": "validation sequences to use; default: all"}
+        default=200, metadata={"help": "validation sequences to use; null: all"}
     )
     save_every: int | None = field(
         default=None, metadata={"help": "steps between checkpoints; default: only the final model"}
@@ -86,6 +87,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"{name} is {value}; it must be positive")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must lie between 0 and 2**32 - 1")
         if self.seq_len < 2:
             raise UserError(f"seq_len is {self.seq_len}; a sequence needs at least 2 tokens")
         if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.min_lr_ratio <= 1:
@@ -116,11 +119,11 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"there is no recipe {path}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold fields of a recipe, one 'name: value' a line")
-    return make_recipe(loaded, origin=str(path))
+    return make_recipe({str(name): value for name, value in loaded.items()}, origin=str(path))
 
 
 def make_recipe(values: dict[str, Any], origin: str = "the recipe") -> Recipe:
@@ -133,37 +136,52 @@ def make_recipe(values: dict[str, Any], origin: str = "the recipe") -> Recipe:
     return Recipe(**values)
 
 
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+def parse_overrides(arguments: list[str], also: tuple[str, ...] = ()) -> dict[str, Any]:
     """Turn `--field value` (and `--model.field value`) words into recipe values.
 
-    Values are read as YAML scalars: numbers, true/false, null, and text for the rest. Dashes in
-    field names stand for underscores. UserError for a word without a field or without a value.
-    """
-    import yaml
+    Text fields take their word as it is; others are read as YAML scalars: numbers, true/false,
+    null. Dashes in field names stand for underscores. `also` names other options of the command,
+    for the hint at a misspelt one.
 
+    Raises:
+        UserError: a word without a field or without a value, or an unknown field.
+    """
+    known = typing.get_type_hints(Recipe)
     values: dict[str, Any] = {}
     words = iter(arguments)
     for word in words:
         if not word.startswith("--"):
             raise UserError(f"unexpected argument {word!r}: options are given as --field value")
-        name, equals, text = word[2:].partition("=")
+        option, equals, text = word[2:].partition("=")
         if not equals:
             text = next(words, "--")
             if text.startswith("--"):
-                raise UserError(f"--{name} needs a value")
-        value = yaml.safe_load(text)
-        name = name.replace("-", "_")
+                raise UserError(f"--{option} needs a value")
+        name = option.replace("-", "_")
         if name.startswith("model."):
-            values.setdefault("model", {})[name.removeprefix("model.")] = value
+            values.setdefault("model", {})[name.removeprefix("model.")] = _scalar(option, text)
+        elif name == "model":
+            raise UserError("--model takes no value: set its fields by --model.FIELD value")
+        elif name not in known:
+            raise UserError(f"unknown option --{option}{_nearest(name, [*known, *also])}")
         else:
-            values[name] = value
+            values[name] = text if _is_text(known[name]) else _scalar(option, text)
     return values
+
+
+def _scalar(option: str, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"--{option} {text!r} is not a number, true, false, null or text") from None
 
 
 def merge(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     """The recipe with other values; `model` is merged field by field."""
     values = {**dataclasses.asdict(recipe), **overrides}
-    if "model" in overrides:
+    if isinstance(overrides.get("model"), dict):
         values["model"] = {**recipe.model, **overrides["model"]}
     return make_recipe(values, origin="the command line")
 
@@ -180,12 +198,21 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
+def _type(hint: Any) -> Any:
+    """The type of a field that may also be None."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(option for option in options if option is not type(None))
+
+
+def _is_text(hint: Any) -> bool:
+    return _type(hint) is str or typing.get_origin(_type(hint)) is Literal
+
+
 def _checked(name: str, value: Any, hint: Any, origin: str) -> Any:
     """The value, if it has the field's type. YAML reads 1e-3 as text: numbers get a second try."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    if value is None and isinstance(hint, types.UnionType):
         return None
-    wanted = next(option for option in options if option is not type(None))
+    wanted = _type(hint)
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
         if value in choices:
@@ -193,15 +220,10 @@ def _checked(name: str, value: Any, hint: Any, origin: str) -> Any:
         raise UserError(f"{origin}: {name} is {value!r}; choose one of {', '.join(choices)}")
     base = typing.get_origin(wanted) or wanted
     if base is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif base is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(number := float(value)):
+                return number
     elif isinstance(value, base) and not (base is int and isinstance(value, bool)):
         return value
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(
-        f"{origin}: {name} is {json.dumps(value)}; it must be {kind.get(base, 'fields')}"
-    )
+    raise UserError(f"{origin}: {name} is {value!r}; it must be {kind.get(base, 'fields')}")

@@ -1,0 +1,157 @@
+"""The run folder: what a run finds there and what it leaves."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import Trainer
+
+from deep_delta.accounting import flops_per_token
+from deep_delta.errors import UserError
+from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.train.metrics import read_metrics
+from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
+from deep_delta.train.trainer import DeltaTrainer
+
+FINAL, RESULT, RECIPE = "final", "result.json", "recipe.yaml"
+
+
+@dataclass
+class RunResult:
+    """What a finished run leaves in result.json.
+
+    val_loss: nats per token at the last step. train_seconds: without evaluation and saving.
+    tokens_per_s: tokens / train_seconds without the first logged interval, which warms up.
+    peak_memory_bytes: highest use of the device's memory by the run (of the process on a CPU).
+    flops_per_token: forward and backward.
+    """
+
+    variant: str
+    seed: int
+    parameters: int
+    val_loss: float | None
+    tokens: int
+    train_seconds: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    flops_per_token: float
+
+
+def read_result(folder: Path) -> RunResult:
+    return RunResult(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+
+
+def prepare_folder(recipe: Recipe, config: DeepDeltaConfig) -> Path | None:
+    """Make the run folder; the checkpoint to go on from, or None. UserError for another run's."""
+    folder = recipe.run_folder
+    if recipe.resume == "never" and folder.exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)  # nothing is lost by starting over
+    checkpoint = None
+    if recipe.resume not in ("auto", "never"):
+        checkpoint = Path(recipe.resume)
+        _check_checkpoint(checkpoint, recipe, config)
+    before = folder / RECIPE
+    if before.is_file() and (changed := recipe.differences(load_recipe(before))):
+        raise UserError(
+            f"{folder} holds a run of another recipe ({'; '.join(changed)}): choose another out, "
+            "or resume=never to start over"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, before)
+    if checkpoint is None:
+        complete = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
+        checkpoint = max(complete, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
+    return checkpoint
+
+
+def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig) -> None:
+    """UserError unless the folder is a checkpoint of this model that this recipe can go on from."""
+    needed = ("trainer_state.json", "config.json", "model.safetensors", "optimizer.pt")
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if missing:
+        raise UserError(f"{checkpoint} is not a checkpoint folder: it has no {missing[0]}")
+    step = checkpoint.name.rpartition("-")[2]
+    if not step.isdigit():
+        raise UserError(f"{checkpoint} is not named checkpoint-STEP")
+    if int(step) > recipe.steps:
+        raise UserError(f"{checkpoint} is later than the recipe's {recipe.steps} steps")
+    theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    ours = json.loads(config.to_json_string(use_diff=False))
+    skip = {"dtype", "architectures", "transformers_version", "use_cache"}
+    changed = [
+        f"{name}: {theirs[name]} -> {value}"
+        for name, value in ours.items()
+        if name not in skip and name in theirs and theirs[name] != value
+    ]
+    if changed:
+        raise UserError(f"{checkpoint} is of another model ({'; '.join(changed)})")
+
+
+def check_disk(folder: Path, model: nn.Module, recipe: Recipe) -> None:
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    checkpoints = recipe.keep_checkpoints + 1 if recipe.save_every else 0
+    needed = weights * (1 + 3 * checkpoints)  # a checkpoint holds two moments beside the weights
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 2**20:,.0f} MiB free, the run needs about "
+            f"{needed / 2**20:,.0f} MiB: make room or choose another out"
+        )
+
+
+def save_weight_decay(trainer: DeltaTrainer, model: nn.Module, path: Path) -> None:
+    """List the tensors with and without weight decay, with their shapes."""
+    decayed = set(trainer.get_decay_parameter_names(model))
+    listing: dict[str, dict[str, list[int]]] = {"decayed": {}, "not_decayed": {}}
+    for name, parameter in model.named_parameters():
+        kind = "decayed" if name in decayed else "not_decayed"
+        listing[kind][name] = list(parameter.shape)
+    path.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+
+
+def save_final(
+    trainer: Trainer, model: DeepDeltaForCausalLM, data_folder: Path, final: Path
+) -> None:
+    """Weights, configuration and tokenizer, complete or not there at all."""
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.use_cache = True  # Trainer switches it off, but the model is to be used now
+    trainer.save_model(str(temporary))
+    if not trainer.is_world_process_zero():
+        return
+    (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(data_folder / name, temporary / name)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+def save_result(
+    recipe: Recipe, config: DeepDeltaConfig, model: nn.Module, folder: Path, memory: int
+) -> RunResult:
+    rows = read_metrics(folder / "metrics.jsonl")
+    logged = [row for row in rows if "loss" in row]
+    evaluated = [row for row in rows if "val_loss" in row]
+    # The first interval pays for first calls; a run of one interval has nothing else.
+    first = logged[0] if len(logged) > 1 else {"tokens": 0, "seconds": 0.0}
+    last = logged[-1]
+    result = RunResult(
+        variant=recipe.variant,
+        seed=recipe.seed,
+        parameters=sum(p.numel() for p in model.parameters()),
+        val_loss=evaluated[-1]["val_loss"],
+        tokens=last["tokens"],
+        train_seconds=last["seconds"],
+        tokens_per_s=(last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
+        peak_memory_bytes=memory,
+        flops_per_token=flops_per_token(config, recipe.seq_len),
+    )
+    temporary = folder / (RESULT + ".tmp")
+    temporary.write_text(json.dumps(result.__dict__, indent=1) + "\n", encoding="utf-8")
+    temporary.rename(folder / RESULT)
+    return result

@@ -1,0 +1,181 @@
+"""Recipes: YAML and command-line words in, checked values out."""
+
+import dataclasses
+import shlex
+
+import pytest
+from helpers import REPO
+from train.micro import user_error
+
+from deep_delta.model.presets import SIZES, VARIANTS
+from deep_delta.train import Recipe, load_recipe, make_recipe, merge, model_config, parse_overrides
+from deep_delta.train.recipe import save_recipe
+
+RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_every_field_survives_a_round_trip_through_yaml(tmp_path):
+    changed = {
+        "parameterization": "published", "model": {"hidden_size": 32, "gate": "layer"},
+        "micro_batch_size": 2, "mask_documents": True, "decay_residual": False,
+        "precision": "bf16", "gradient_checkpointing": True, "resume": "never",
+    }  # fmt: skip
+    for field in dataclasses.fields(Recipe):
+        if field.name in changed:
+            continue
+        is_text = isinstance(field.default, str)
+        changed[field.name] = f"my {field.name}" if is_text else (field.default or 4) * 0.5
+        if field.type in (int, int | None):
+            changed[field.name] = (field.default or 4) + 1
+    recipe = Recipe(**changed)
+    defaults = Recipe()
+    assert all(getattr(recipe, name) != getattr(defaults, name) for name in changed)
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_a_recipe_may_be_json(tmp_path):
+    path = write(tmp_path, '{"variant": "additive", "model": {"gate": "fixed"}, "lr": 0.01}')
+    assert load_recipe(path) == Recipe(variant="additive", model={"gate": "fixed"}, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "must hold fields"),
+        ("- a\n- b\n", "must hold fields"),
+        ("steps: [1\n", "not valid YAML"),
+        ("stepps: 3\n", "unknown field 'stepps'; did you mean 'steps'?"),
+        ("zzz: 3\n", "unknown field 'zzz'; known: variant, size"),
+        ("1: 3\n", "unknown field"),
+        ("steps: many\n", "steps"),
+        (b"\xff\xfe\x00\x01", "recipe.yaml"),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path, text, expected):
+    message = user_error(load_recipe, write(tmp_path, text))
+    assert expected in message
+    assert "recipe.yaml" in message
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    assert user_error(load_recipe, tmp_path / "no.yaml").endswith("no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("steps", "many", "a whole number"),
+        ("steps", 1.5, "a whole number"),
+        ("steps", True, "a whole number"),
+        ("steps", None, "a whole number"),
+        ("lr", "fast", "a number"),
+        ("lr", False, "a number"),
+        ("mask_documents", 1, "true or false"),
+        ("variant", ["ddl-cc"], "text"),
+        ("model", "small", "fields"),
+        ("precision", "fp16", "auto, bf16, fp32"),
+    ],
+)
+def test_a_wrong_type_says_what_is_wanted(name, value, kind):
+    message = user_error(make_recipe, {name: value})
+    assert name in message
+    assert kind in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(n, 0) for n in ("steps", "batch_size", "micro_batch_size", "lr", "log_every")],
+        *[(n, -1) for n in ("eval_every", "eval_sequences", "save_every", "keep_checkpoints")],
+        *[(n, -1) for n in ("warmup_steps", "weight_decay", "min_lr_ratio")],
+        ("seq_len", 1),
+        ("min_lr_ratio", 1.5),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("lr", float("nan")),
+    ],
+)
+def test_values_that_cannot_be_are_refused(name, value):
+    assert name in user_error(make_recipe, {name: value})
+
+
+def test_options_are_parsed():
+    text = (
+        "--steps 5 --lr=1e-3 --mask-documents true --micro_batch_size null --out=a=b "
+        "--model.hidden_size 16 --model.rope-x=y --eval_every 3 --weight_decay -1"
+    )
+    overrides = parse_overrides(shlex.split(text))
+    model = overrides.pop("model")
+    assert model == {"hidden_size": 16, "rope_x": "y"}
+    assert overrides.pop("weight_decay") == -1
+    recipe = make_recipe(overrides)
+    assert (recipe.steps, recipe.lr, recipe.eval_every) == (5, 0.001, 3)
+    assert (recipe.mask_documents, recipe.micro_batch_size, recipe.out) == (True, None, "a=b")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("steps 5", "'steps'"),
+        ("--steps", "--steps needs a value"),
+        ("--steps --lr 1", "--steps needs a value"),
+        ("--steps 5 6", "'6'"),
+    ],
+)
+def test_words_without_a_field_or_a_value_are_refused(text, named):
+    assert named in user_error(parse_overrides, text.split())
+
+
+@pytest.mark.parametrize(
+    "text", ["@runs", "[a", "a: b", "2024-01-31", "1.10", "010", "1_000", "no", "#1"]
+)
+def test_text_fields_keep_what_was_typed(text):
+    assert merge(Recipe(), parse_overrides(["--out", text])).out == text
+
+
+@pytest.mark.parametrize(
+    "words", [["--model", "small"], ["--model", "small", "--model.hidden_size", "16"]]
+)
+def test_the_model_field_takes_no_single_value(words):
+    assert "model" in user_error(lambda: merge(Recipe(), parse_overrides(words)))
+
+
+def test_merge_replaces_fields_and_merges_the_model():
+    recipe = Recipe(steps=7, model={"hidden_size": 32, "head_dim": 8})
+    merged = merge(recipe, {"lr": 1, "model": {"head_dim": 16}})
+    assert merged == Recipe(steps=7, lr=1.0, model={"hidden_size": 32, "head_dim": 16})
+    assert recipe.model == {"hidden_size": 32, "head_dim": 8}
+    assert "'stepps'; did you mean 'steps'" in user_error(merge, recipe, {"stepps": 3})
+
+
+def test_differences_name_what_would_train_another_model():
+    recipe = Recipe(steps=7)
+    free = {"out": "b", "resume": "never", "log_every": 1, "eval_every": 1, "save_every": 1}
+    assert dataclasses.replace(recipe, **free, keep_checkpoints=5).differences(recipe) == []
+    other = dataclasses.replace(recipe, steps=8, model={"gate": "layer"})
+    assert other.differences(recipe) == ["model: {} -> {'gate': 'layer'}", "steps: 7 -> 8"]
+
+
+def test_the_run_folder_is_named_after_variant_and_seed():
+    folder = Recipe(out="a/b", variant="ddl-tc", seed=3).run_folder
+    assert folder.parts == ("a", "b", "ddl-tc", "seed-3")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_carried_recipes_load(path):
+    recipe = load_recipe(path)
+    assert path.stem == recipe.variant
+    assert path.parent.name == recipe.size
+    config = model_config(recipe)
+    assert config.num_hidden_layers == SIZES[recipe.size]["num_hidden_layers"]
+
+
+def test_every_variant_has_a_tiny_recipe():
+    assert {path.stem for path in RECIPES if path.parent.name == "tiny"} == VARIANTS.keys()

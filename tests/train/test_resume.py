@@ -1,0 +1,205 @@
+"""Stopping and going on: the run ends as if nothing had happened, and nothing is lost."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from train.micro import equal_weights, losses, micro_recipe, rows_of, user_error
+
+from deep_delta.train import Interrupted, train
+from deep_delta.train.trainer import DeltaTrainer
+
+
+@pytest.fixture
+def at_pass(monkeypatch):
+    """Call something before the training pass of a number, counted from 1."""
+
+    def plan(number, action):
+        passes = 0
+        step = DeltaTrainer.training_step
+
+        def planned(self, *arguments):
+            nonlocal passes
+            passes += 1
+            if passes == number:
+                action()
+            return step(self, *arguments)
+
+        monkeypatch.setattr(DeltaTrainer, "training_step", planned)
+
+    return plan
+
+
+@pytest.fixture(scope="module")
+def whole(micro_data, tmp_path_factory):
+    """The folder of a run of 6 steps that was never stopped."""
+    recipe = micro_recipe(micro_data, tmp_path_factory.mktemp("whole"))
+    train(recipe)
+    return recipe.run_folder
+
+
+def same_run(folder, whole):
+    """The same rows, none of them twice and none missing, and the same weights."""
+    assert losses(folder) == losses(whole)
+    for row, after in itertools.pairwise(rows_of(folder, "loss")):
+        # The seconds go on too, so that speeds agree with them; they are rounded to 0.1 ms.
+        tokens, seconds = after["tokens"] - row["tokens"], after["seconds"] - row["seconds"]
+        assert tokens / after["tokens_per_s"] == pytest.approx(seconds, abs=2e-4)
+    equal_weights(folder, whole)
+
+
+def crash():
+    raise RuntimeError("the machine is gone")
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# Checkpoints are at 2 and 4; 6 steps; log rows after the checkpoint are written before the crash.
+@pytest.mark.parametrize("crash_at", [2, 3, 4, 6])
+def test_a_crashed_run_goes_on_from_its_checkpoint(micro_data, tmp_path, at_pass, whole, crash_at):
+    recipe = micro_recipe(micro_data, tmp_path, save_every=2)
+    at_pass(crash_at, crash)
+    with pytest.raises(RuntimeError, match="gone"):
+        train(recipe)
+    assert len(rows_of(recipe.run_folder, "loss")) == crash_at - 1
+    train(recipe)
+    same_run(recipe.run_folder, whole)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(micro_data, tmp_path, at_pass, whole):
+    recipe = micro_recipe(micro_data, tmp_path, save_every=2)
+    at_pass(6, crash)
+    with pytest.raises(RuntimeError, match="gone"):
+        train(recipe)
+    (recipe.run_folder / "checkpoint-4" / "trainer_state.json").unlink()  # written last
+    with (recipe.run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "los')
+    train(recipe)
+    same_run(recipe.run_folder, whole)
+
+
+@pytest.mark.parametrize("fields", [{}, {"micro_batch_size": 2}], ids=["one pass", "two passes"])
+def test_ctrl_c_saves_and_the_same_call_goes_on(micro_data, tmp_path, at_pass, whole, fields):
+    recipe = micro_recipe(micro_data, tmp_path, **fields)
+    before = signal.getsignal(signal.SIGINT)
+    at_pass(4 * (1 if not fields else 2), press_ctrl_c)
+    with pytest.raises(Interrupted):
+        train(recipe)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in recipe.run_folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (recipe.run_folder / "result.json").exists()
+    train(recipe)
+    if not fields:
+        same_run(recipe.run_folder, whole)
+    assert [row["step"] for row in rows_of(recipe.run_folder, "loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(micro_data, tmp_path, at_pass):
+    def twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    recipe = micro_recipe(micro_data, tmp_path)
+    at_pass(3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    assert len(rows_of(recipe.run_folder, "loss")) == 2
+
+
+def test_ctrl_c_in_the_last_step_is_not_lost(micro_data, tmp_path, at_pass, whole):
+    """A comparison would otherwise go on with its next run."""
+    recipe = micro_recipe(micro_data, tmp_path)
+    at_pass(6, press_ctrl_c)
+    with pytest.raises((Interrupted, KeyboardInterrupt)):
+        train(recipe)
+    train(recipe)
+    same_run(recipe.run_folder, whole)
+
+
+def test_resume_from_a_path(micro_data, tmp_path, whole):
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=2)
+    train(first)
+    checkpoint = first.run_folder / "checkpoint-4"
+    second = micro_recipe(micro_data, tmp_path / "second", resume=str(checkpoint))
+    train(second)
+    equal_weights(second.run_folder, whole)
+    assert [row[:2] for row in losses(second.run_folder)] == [
+        (5, "loss"), (6, "loss"), (6, "val_loss"),
+    ]  # fmt: skip
+    assert losses(second.run_folder) == losses(whole)[-3:]
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "without weights", "not numbered", "another variant", "later step"]
+)
+def test_what_is_not_a_checkpoint_of_this_run_is_one_line(micro_data, tmp_path, kind):
+    variant = "additive" if kind == "another variant" else "ddl-cc"
+    other = micro_recipe(micro_data, tmp_path / "other", variant=variant, save_every=2)
+    train(other)
+    checkpoint = other.run_folder / "checkpoint-4"
+    if kind == "missing":
+        checkpoint = checkpoint.with_name("checkpoint-7")
+    elif kind == "empty":
+        shutil.rmtree(checkpoint)
+        checkpoint.mkdir()
+    elif kind == "without weights":
+        (checkpoint / "model.safetensors").unlink()
+    elif kind == "not numbered":
+        checkpoint = checkpoint.rename(tmp_path / "mine")
+    steps = 3 if kind == "later step" else 6
+    recipe = micro_recipe(micro_data, tmp_path / "run", resume=str(checkpoint), steps=steps)
+    assert str(checkpoint) in user_error(train, recipe)
+    assert not (recipe.run_folder / "result.json").exists()
+
+
+def test_resume_never_starts_over_and_keeps_the_earlier_run(micro_data, tmp_path, whole):
+    recipe = micro_recipe(micro_data, tmp_path, save_every=2)
+    train(recipe)
+    for number in (1, 2):
+        marker = recipe.run_folder / f"mark-{number}"
+        marker.touch()
+        train(micro_recipe(micro_data, tmp_path, resume="never"))
+        same_run(recipe.run_folder, whole)
+        aside = recipe.run_folder.with_name(f"seed-0.old-{number}")
+        assert (aside / marker.name).exists()
+        same_run(aside, whole)
+
+
+def test_a_finished_run_is_not_trained_again(micro_data, tmp_path, at_pass):
+    recipe = micro_recipe(micro_data, tmp_path)
+    result = train(recipe)
+    files = {path: path.stat().st_mtime_ns for path in recipe.run_folder.rglob("*.js*")}
+    at_pass(1, crash)
+    assert train(recipe) == result
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"steps": 8}, "steps: 6 -> 8"),
+        ({"lr": 0.1}, "lr: 0.003 -> 0.1"),
+        ({"model": {"head_dim": 8}}, "head_dim"),
+    ],
+)
+def test_another_recipe_in_the_same_folder_is_refused(micro_data, tmp_path, fields, named):
+    recipe = micro_recipe(micro_data, tmp_path)
+    train(recipe)
+    before = json.loads((recipe.run_folder / "result.json").read_text())
+    message = user_error(train, micro_recipe(micro_data, tmp_path, **fields))
+    assert named in message
+    assert str(recipe.run_folder) in message
+    assert json.loads((recipe.run_folder / "result.json").read_text()) == before
+    assert train(recipe).val_loss == before["val_loss"]
+
+
+def test_only_the_newest_checkpoints_are_kept(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, save_every=1, keep_checkpoints=2)
+    train(recipe)
+    names = {path.name for path in recipe.run_folder.glob("checkpoint-*")}
+    assert names == {"checkpoint-5", "checkpoint-6"}

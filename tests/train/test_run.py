@@ -1,0 +1,113 @@
+"""One training run: what it leaves behind, and what it refuses."""
+
+import itertools
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from train.micro import micro_recipe, rows_of, user_error
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deep_delta import DeepDeltaForCausalLM
+from deep_delta.data import PackedSequences, TokenShards
+from deep_delta.train import load_recipe, read_metrics, read_result, train
+
+
+def test_a_run_folder_is_complete(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path)
+    result = train(recipe)
+    folder = tmp_path / "ddl-cc" / "seed-0"
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "weight_decay.json", "result.json", "final",
+    }  # fmt: skip
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert read_result(folder) == result
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert isinstance(model, DeepDeltaForCausalLM)
+    assert (model.config.value_channels, model.config.hidden_size) == (4, 16)
+    assert result.parameters == sum(p.numel() for p in model.parameters())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    assert tokenizer.eos_token_id == TokenShards.open(micro_data, "val").manifest.eot_id
+    assert tokenizer.decode(tokenizer("the quiet river")["input_ids"]) == "the quiet river"
+
+
+def test_metrics_are_complete_and_in_order(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, log_every=2)
+    result = train(recipe)
+    rows, evaluated = rows_of(recipe.run_folder, "loss"), rows_of(recipe.run_folder, "val_loss")
+    # An evaluation is preceded by a row of the same step, so that it is not timed.
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    assert [row["step"] for row in evaluated] == [3, 6]
+    keys = {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_s"}
+    assert all(row.keys() == keys for row in rows)
+    assert all(row.keys() == {"step", "tokens", "seconds", "val_loss"} for row in evaluated)
+    assert all(row["tokens"] == row["step"] * 4 * 16 for row in rows + evaluated)
+    seconds = [row["seconds"] for row in rows]
+    assert all(later > earlier > 0 for earlier, later in itertools.pairwise(seconds))
+    assert evaluated[-1]["seconds"] == seconds[-1] == result.train_seconds
+    assert (result.tokens, result.val_loss) == (rows[-1]["tokens"], evaluated[-1]["val_loss"])
+    # Without the first interval, which warms up.
+    speed = (6 - 2) * 4 * 16 / (seconds[-1] - seconds[0])
+    assert result.tokens_per_s == pytest.approx(speed)
+
+
+def test_a_cut_off_last_line_of_metrics_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+# In batches of 4: 7 sequences leave a smaller batch, which must weigh less; 3 are less than one.
+@pytest.mark.parametrize("sequences", [7, 3])
+@pytest.mark.parametrize("mask_documents", [False, True], ids=["packed", "masked"])
+def test_validation_loss_is_the_mean_over_predicted_tokens(
+    micro_data, tmp_path, mask_documents, sequences
+):
+    fields = {"mask_documents": mask_documents, "eval_sequences": sequences}
+    recipe = micro_recipe(micro_data, tmp_path, **fields)
+    result = train(recipe)
+    model = AutoModelForCausalLM.from_pretrained(recipe.run_folder / "final").eval()
+    shards = TokenShards.open(micro_data, "val")
+    data = PackedSequences(shards, 16, mask_documents=mask_documents)
+    total, tokens = 0.0, 0
+    for index in range(sequences):
+        item = {name: tensor[None] for name, tensor in data[index].items()}
+        labels = item.pop("labels")[0, 1:]
+        with torch.no_grad():
+            logits = model(**item).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    assert result.val_loss == pytest.approx(total / tokens, abs=2e-6)
+
+
+def test_a_diverged_run_has_a_result(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, lr=1e30, clip=1e30, warmup_steps=0)
+    assert train(recipe).val_loss is None
+    assert rows_of(recipe.run_folder, "loss")[-1]["loss"] is None
+
+
+def test_a_full_disk_is_one_line_before_training(micro_data, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 1000))
+    recipe = micro_recipe(micro_data, tmp_path)
+    assert "MiB free" in user_error(train, recipe)
+    assert not (recipe.run_folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"micro_batch_size": 3}, "micro_batch_size"),
+        ({"batch_size": 1000}, "fewer than one batch"),
+        ({"seq_len": 5000}, "fewer than one sequence"),
+        ({"model": {"vocab_size": 100}}, "vocabulary of 100"),
+        ({"model": {"num_attention_heads": 0}}, "num_attention_heads"),
+        ({"model": {"value_channels": 1}}, "compressor"),
+        ({"size": "smal"}, "did you mean 'small'"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_can_be_mended(micro_data, tmp_path, fields, expected):
+    recipe = micro_recipe(micro_data, tmp_path, **fields)
+    assert expected in user_error(train, recipe)
+    assert train(micro_recipe(micro_data, tmp_path)).tokens == 6 * 4 * 16
