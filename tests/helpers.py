@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
     "num_attention_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 64,
+    "initializer_range": 0.02,
 }
 
 # Every option of the residual at least once, beside the named variants: (variant, overrides).

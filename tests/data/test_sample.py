@@ -62,5 +62,8 @@ def test_prepare_bundled_is_done_once(tmp_path, capsys):
     assert manifest.splits["train"].tokens >= 1_000_000
     assert (manifest.dtype, manifest.vocab_size) == ("uint16", 4096)
     assert read_split(out, "train")[-1] == manifest.eot_id
+    capsys.readouterr()
+    written = (out / "manifest.json").stat().st_mtime_ns
     assert prepare_bundled(out) == out
-    assert "already prepared" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
+    assert (out / "manifest.json").stat().st_mtime_ns == written

@@ -100,7 +100,7 @@ def test_saved_model_comes_back_the_same(case, tmp_path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    close(again(ids).logits, model(ids).logits, atol=1e-5)  # loaded weights lie differently aligned
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,9 +127,9 @@ def test_untied_head_is_saved_too(tmp_path):
     model, ids = shaken(tiny_model(tie_word_embeddings=False)), token_ids(1, 5)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     model.save_pretrained(tmp_path)
-    assert torch.equal(
-        DeepDeltaForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits
-    )
+    again = DeepDeltaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    close(again(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @every_variant
