@@ -2,6 +2,9 @@
 
 Shapes are written (B, T, d, d_v); any leading dimensions work. Sums, norms and targets are
 computed in at least fp32 (fp64 inputs stay fp64); a new state has the dtype of the old one.
+
+Inside, the state is seen as (..., d_v, d), and so are the results in memory: element-wise work
+along a contiguous d is up to eight times faster on a CPU than along d_v = 4.
 """
 
 import functools
@@ -43,7 +46,12 @@ def unit_scale(direction: Tensor, eps: float) -> Tensor:
 def readout(state: Tensor, direction: Tensor) -> Tensor:
     """What the state (..., d, d_v) holds along the direction (..., d): kᵀX, shape (..., d_v)."""
     dtype = _wide(state, direction)
-    return torch.matmul(direction.to(dtype).unsqueeze(-2), state.to(dtype)).squeeze(-2)
+    return _readout(state.to(dtype).mT, direction.to(dtype))
+
+
+def _readout(channels: Tensor, direction: Tensor) -> Tensor:
+    """channels Xᵀ (..., d_v, d), direction (..., d) -> (..., d_v)."""
+    return (channels * direction.unsqueeze(-2)).sum(-1)
 
 
 @_exact
@@ -64,18 +72,14 @@ def apply_write(
     if direction is None or target is None:
         return state
     dtype = _wide(state, direction, target)
-    key = direction.to(dtype)
-    if scale is not None:
-        key = key * scale.unsqueeze(-1)
-    row = target.to(dtype)
+    channels, key, row = state.to(dtype).mT, direction.to(dtype), target.to(dtype)
+    # s scales the few numbers of a row instead of the d of the direction.
     if erase is not None:
-        row = row - erase.unsqueeze(-1) * readout(state, key)
-    new = torch.baddbmm(  # one pass over X; a product and a sum would be two
-        state.to(dtype).reshape(-1, *state.shape[-2:]),
-        key.reshape(-1, key.shape[-1], 1),
-        row.reshape(-1, 1, row.shape[-1]),
-    )
-    return new.view(state.shape).to(state.dtype)
+        share = erase if scale is None else erase * scale
+        row = row - share.unsqueeze(-1) * _readout(channels, key)
+    if scale is not None:
+        row = row * scale.unsqueeze(-1)
+    return torch.addcmul(channels, row.unsqueeze(-1), key.unsqueeze(-2)).mT.to(state.dtype)
 
 
 def delta_rewrite(
@@ -104,7 +108,7 @@ def compress_channels(state: Tensor, kernel: Tensor) -> Tensor:
     state (..., d, d_v), kernel c (d, d_v) -> (..., d), at least fp32.
     """
     dtype = _wide(state, kernel)
-    return torch.linalg.vecdot(state.to(dtype), kernel.to(dtype))
+    return (state.to(dtype).mT * kernel.to(dtype).mT.contiguous()).sum(-2)
 
 
 def shift_tokens(x: Tensor, steps: int, segments: Tensor | None = None) -> Tensor:
@@ -133,13 +137,12 @@ def compress_tokens(
     -> (B, T, d), at least fp32.
     """
     dtype = _wide(state, kernel)
-    taps = kernel.to(dtype) * read.to(dtype).unsqueeze(-1)
+    taps = (kernel.to(dtype) * read.to(dtype).unsqueeze(-1)).permute(2, 1, 0).contiguous()
+    channels, last = state.to(dtype).mT, taps.shape[0] - 1
     # Pooling over d_v first leaves only (B, T, d) tensors to shift, d_v times less traffic.
-    pooled = torch.einsum("btij,ijk->kbti", state.to(dtype), taps)
-    last = taps.shape[-1] - 1
-    out = pooled[last]
-    for step in range(1, min(taps.shape[-1], state.shape[1])):
-        out = out + shift_tokens(pooled[last - step], step, segments)
+    out = (channels * taps[last]).sum(-2)
+    for step in range(1, min(taps.shape[0], state.shape[1])):
+        out = out + shift_tokens((channels * taps[last - step]).sum(-2), step, segments)
     return out
 
 
@@ -151,10 +154,10 @@ def expand_embeddings(embeddings: Tensor, kernel: Tensor, segments: Tensor | Non
     -> (B, T, d, d_v), at least fp32.
     """
     dtype = _wide(embeddings, kernel)
-    x, taps = embeddings.to(dtype), kernel.to(dtype)
-    last = taps.shape[-1] - 1
-    out = x.unsqueeze(-1) * taps[..., last]
-    for step in range(1, min(taps.shape[-1], x.shape[1])):
+    x, taps = embeddings.to(dtype), kernel.to(dtype).permute(2, 1, 0).contiguous()
+    last = taps.shape[0] - 1
+    out = x.unsqueeze(-2) * taps[last]
+    for step in range(1, min(taps.shape[0], x.shape[1])):
         shifted = shift_tokens(x, step, segments)
-        out = torch.addcmul(out, shifted.unsqueeze(-1), taps[..., last - step])
-    return out
+        out = torch.addcmul(out, shifted.unsqueeze(-2), taps[last - step])
+    return out.mT
