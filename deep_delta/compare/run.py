@@ -101,13 +101,18 @@ def _shared_fields(recipe: Recipe) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of a checkout of this library, with "+" for uncommitted changes; else None."""
-    here = Path(__file__).resolve().parent
+    checkout = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
-        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
+        if Path(git("rev-parse", "--show-toplevel")) != checkout:
+            return None  # installed somewhere inside another project's repository
+        return git("describe", "--always", "--dirty=+", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
 
 
 def _versions() -> dict[str, str]:

@@ -57,6 +57,8 @@ def find_sources(inputs: list[str]) -> list[Source]:
 
 def looks_like_path(name: str) -> bool:
     """Whether a name that doesn't exist was meant as a path: it has a suffix or starts as one."""
+    if name.endswith(("/", "\\")):
+        return True
     return name.startswith(("./", "../", "/", "~", ".\\", "..\\")) or bool(
         # Letters first: a data set name may end in a version, such as "-v1.0".
         re.search(r"\.[A-Za-z][A-Za-z0-9]*$", name)
@@ -75,7 +77,7 @@ def _sources_of(name: str) -> list[Source]:
             raise UserError(f"can't read {path}: it must be one of {', '.join(READERS)}")
         return [_file_source(path, path.name)]
     if looks_like_path(name):
-        raise UserError(f"no such file: {name}")
+        raise UserError(f"no such file or folder: {name}")
     return [Source(name, fingerprint=f"dataset:{name}", path=None)]
 
 

@@ -43,6 +43,11 @@ class Progress:
     empty_documents: int
     splits: dict[str, WriterState]
 
+    @property
+    def begun(self) -> bool:
+        """Whether any document is in the shards already."""
+        return (self.source, self.document) != (0, 0)
+
     def save(self, out: Path) -> None:
         """Write progress.json, atomically."""
         splits = {name: state.to_json() for name, state in self.splits.items()}
@@ -121,11 +126,15 @@ def _prepare(
         (out / PROGRESS_NAME).unlink(missing_ok=True)
         print(f"{out} is already prepared", file=sys.stderr)
         return manifest
+    progress = None
     if (out / PROGRESS_NAME).exists():
         progress = Progress.load(out)
-        _check_settings(out, progress.settings, settings)
-        print(f"continuing in {out}", file=sys.stderr)
-    else:
+        if progress.begun:
+            _check_settings(out, progress.settings, settings)
+            print(f"continuing in {out}", file=sys.stderr)
+    if (
+        progress is None or not progress.begun
+    ):  # what wrote nothing, a typing slip say, binds nobody
         progress = Progress(settings, 0, 0, 0, {name: WriterState() for name in SPLITS})
         progress.save(out)
     tokenizer.save(out)
@@ -242,8 +251,8 @@ def _empty_split(manifest: Manifest) -> str | None:
         return "no document fell into the training split: lower --val-fraction or add documents"
     if val == 0 and manifest.settings["val_fraction"] > 0:
         return (
-            f"none of the {train:,} documents fell into the validation split: "
-            "raise --val-fraction, or set it to 0 to have no such split"
+            f"none of the {train:,} documents fell into the validation split, whole documents as "
+            "they are (a .txt file is one): raise --val-fraction or add documents"
         )
     return None
 

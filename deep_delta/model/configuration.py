@@ -2,14 +2,17 @@
 
 import difflib
 import warnings
+from collections.abc import Iterable
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from deep_delta.model.presets import preset_fields
+from deep_delta.ops import resolve_backend
 
 
 @strict
@@ -161,7 +164,7 @@ class DeepDeltaConfig(PreTrainedConfig):
         try:
             return cls(**{**preset_fields(variant, size, parameterization), **overrides})
         except StrictDataclassError as error:  # two lines, of which the second says it
-            raise ValueError(str(error).splitlines()[-1].strip()) from None
+            raise ValueError(str(error).splitlines()[-1].partition(": ")[2]) from None
 
 
 # Keys that transformers itself adds to a saved config, beside its declared fields.
@@ -178,9 +181,12 @@ def _reject_unknown(extra: dict) -> None:
     for key in extra:
         if key.startswith("_") or key in _TRANSFORMERS_KEYS or key in _generation_keys():
             continue
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"DeepDeltaConfig has no field {key!r}{hint}")
+        raise ValueError(f"DeepDeltaConfig has no field {key!r}{_nearest(key, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _generation_keys() -> set[str]:
@@ -217,7 +223,19 @@ def _check_state(config: DeepDeltaConfig) -> None:
         size = getattr(config, name)
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
-    from deep_delta.ops import resolve_backend
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim is {config.head_dim}; RoPE needs an even number")
+    if config.num_attention_heads % (config.num_key_value_heads or 1):
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}"
+        )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(
+            f"hidden_act is {config.hidden_act!r}{_nearest(config.hidden_act, ACT2FN)}"
+        )
+    if not 0 <= config.attention_dropout < 1:
+        raise ValueError(f"attention_dropout is {config.attention_dropout}; it must lie in 0 to 1")
 
     resolve_backend(config.backend)
 

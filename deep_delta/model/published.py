@@ -89,10 +89,14 @@ def load_published(
         raise ValueError(
             "these are not weights of the published code: no tensor transformer.wte.weight"
         )
-    fields = _fields(weights, published)
-    model_config = DeepDeltaConfig(**{**fields, **overrides})
-    model = DeepDeltaForCausalLM(model_config)
-    converted = _convert(weights, published, fields)
+    try:
+        fields = _fields(weights, published)
+        converted = _convert(weights, published, fields)
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"the published weights or their configuration are incomplete: {error!r}"
+        ) from None
+    model = DeepDeltaForCausalLM(DeepDeltaConfig(**{**fields, **overrides}))
     dtype = weights["transformer.wte.weight"].dtype
     try:
         model.load_state_dict(converted)
@@ -160,9 +164,10 @@ def _fields(weights: Weights, published: Mapping[str, Any]) -> dict[str, Any]:
     heads = published.get("num_attention_heads", published.get("n_head"))
     if heads is None:
         raise ValueError("the published configuration has no num_attention_heads")
-    layers = 1 + max(
-        int(name.split(".")[2]) for name in weights if name.startswith("transformer.h.")
-    )
+    numbers = [name.split(".")[2] for name in weights if name.startswith("transformer.h.")]
+    if not numbers or not all(number.isdigit() for number in numbers):
+        raise ValueError("these are not weights of the published code: no blocks transformer.h.N")
+    layers = 1 + max(map(int, numbers))
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": width,

@@ -41,6 +41,10 @@ def delta_rewrite(
     Raises:
         ValueError: shapes that do not fit, or a backend this version does not have.
     """
+    if not state.is_floating_point():
+        raise ValueError(f"the state is {state.dtype}; it must be floating point")
+    if eps < 0:
+        raise ValueError(f"eps is {eps}; it must not be negative")
     lead = state.shape[:-2]
     expected = {
         "direction": (direction, (*lead, state.shape[-2] if state.ndim > 1 else 0)),

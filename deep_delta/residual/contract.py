@@ -82,8 +82,11 @@ class ResidualModule(nn.Module):
         raise NotImplementedError  # every subclass says how its parameters start
 
 
-def logit(gate: float) -> float:
-    """The x with 2σ(x) = gate; the gate is clamped by 2e-6 at both ends so that x is finite."""
+def gate_bias(gate: float) -> float:
+    """The bias x with 2σ(x) = gate, which is logit(gate/2).
+
+    The gate is clamped by 2e-6 at both ends so that x is finite.
+    """
     share = min(max(gate / 2, 1e-6), 1 - 1e-6)
     return math.log(share) - math.log1p(-share)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deep_delta.residual.contract import ResidualModule, distinct_around, logit, normal, start_
+from deep_delta.residual.contract import ResidualModule, distinct_around, gate_bias, normal, start_
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ class TokenGate(ResidualModule):
         if self.hidden is not None:
             start_(self.hidden, normal(self.hidden.shape, self.std, generator))
         start_(self.weight, normal(self.weight.shape, self.std, generator))
-        start_(self.bias, torch.tensor(logit(self.start), device="cpu"))
+        start_(self.bias, torch.tensor(gate_bias(self.start), device="cpu"))
 
     def forward(self, context: Tensor) -> Tensor:
         if self.hidden is not None:
@@ -58,7 +58,7 @@ class LayerGate(ResidualModule):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        start_(self.bias, torch.tensor(logit(self.start), device="cpu"))
+        start_(self.bias, torch.tensor(gate_bias(self.start), device="cpu"))
 
     def forward(self, context: Tensor) -> Tensor:
         dtype = torch.promote_types(context.dtype, torch.float32)

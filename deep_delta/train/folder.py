@@ -9,13 +9,14 @@ from torch import nn
 from transformers import Trainer
 
 from deep_delta.accounting import flops_per_token
+from deep_delta.data import Manifest
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.train.metrics import read_metrics
 from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
 from deep_delta.train.trainer import DeltaTrainer
 
-FINAL, RESULT, RECIPE = "final", "result.json", "recipe.yaml"
+FINAL, RESULT, RECIPE, DATA = "final", "result.json", "recipe.yaml", "data.json"
 
 
 @dataclass
@@ -40,11 +41,16 @@ class RunResult:
 
 
 def read_result(folder: Path) -> RunResult:
+    """What `save_result` left in a finished run folder."""
     return RunResult(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
 
 
-def prepare_folder(recipe: Recipe, config: DeepDeltaConfig) -> Path | None:
-    """Make the run folder; the checkpoint to go on from, or None. UserError for another run's."""
+def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> Path | None:
+    """Make the run folder; the checkpoint to go on from, or None.
+
+    UserError if the folder has begun with another recipe or other data, or if the checkpoint that
+    the recipe names does not fit.
+    """
     folder = recipe.run_folder
     if recipe.resume == "never" and folder.exists():
         number = 1
@@ -55,18 +61,34 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig) -> Path | None:
     if recipe.resume not in ("auto", "never"):
         checkpoint = Path(recipe.resume)
         _check_checkpoint(checkpoint, recipe, config)
-    before = folder / RECIPE
-    if before.is_file() and (changed := recipe.differences(load_recipe(before))):
-        raise UserError(
-            f"{folder} holds a run of another recipe ({'; '.join(changed)}): choose another out, "
-            "or resume=never to start over"
-        )
+        if (folder / RESULT).is_file():
+            raise UserError(
+                f"{folder} is finished: choose another --out to go on from {checkpoint}"
+            )
+    complete = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
+    if complete or (folder / RESULT).is_file():  # else there is nothing that other choices spoil
+        changed = recipe.differences(load_recipe(folder / RECIPE))
+        if _data_identity(data) != json.loads((folder / DATA).read_text(encoding="utf-8")):
+            changed.append(f"other data in {recipe.data}")
+        if changed:
+            raise UserError(
+                f"{folder} holds a run of another recipe ({'; '.join(changed)}): choose another "
+                "--out, or start over by ddl train --resume never"
+            )
+    if (folder / RESULT).is_file():
+        return None
     folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, before)
-    if checkpoint is None:
-        complete = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
-        checkpoint = max(complete, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
-    return checkpoint
+    save_recipe(recipe, folder / RECIPE)
+    identity = json.dumps(_data_identity(data), indent=1) + "\n"
+    (folder / DATA).write_text(identity, encoding="utf-8")
+    newest = max(complete, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
+    return checkpoint or newest
+
+
+def _data_identity(data: Manifest) -> dict[str, list[str]]:
+    """What tells one prepared folder from another, wherever it lies: its hashes."""
+    shards = {name: [s.sha256 for s in split.shards] for name, split in data.splits.items()}
+    return {"tokenizer": [data.tokenizer_sha256], **shards}
 
 
 def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig) -> None:
@@ -78,8 +100,8 @@ def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig)
     step = checkpoint.name.rpartition("-")[2]
     if not step.isdigit():
         raise UserError(f"{checkpoint} is not named checkpoint-STEP")
-    if int(step) > recipe.steps:
-        raise UserError(f"{checkpoint} is later than the recipe's {recipe.steps} steps")
+    if int(step) >= recipe.steps:
+        raise UserError(f"{checkpoint} has no step left to train of the recipe's {recipe.steps}")
     theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string(use_diff=False))
     skip = {"dtype", "architectures", "transformers_version", "use_cache"}
@@ -94,7 +116,7 @@ def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig)
 
 def check_disk(folder: Path, model: nn.Module, recipe: Recipe) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    checkpoints = recipe.keep_checkpoints + 1 if recipe.save_every else 0
+    checkpoints = recipe.keep_checkpoints + 1 if recipe.save_every else 1  # Ctrl-C's
     needed = weights * (1 + 3 * checkpoints)  # a checkpoint holds two moments beside the weights
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -59,6 +59,13 @@ class MetricsWriter(TrainerCallback):
         self.last_step = resumed_at
         self.started: float | None = None
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        # A resumed state brings the intervals of the run before.
+        state.logging_steps, state.eval_steps = int(args.logging_steps), int(args.eval_steps or 0)
+        state.save_steps = int(args.save_steps)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:

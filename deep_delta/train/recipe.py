@@ -13,7 +13,10 @@ from typing import Any, Literal
 from deep_delta.errors import UserError
 
 # Changing these does not change what the run learns, so a resumed run may differ in them.
-_FREE_TO_CHANGE = {"out", "resume", "log_every", "eval_every", "save_every", "keep_checkpoints"}
+# The data counts by its hashes, not by its path: see `folder.prepare_folder`.
+_FREE_TO_CHANGE = {
+    "out", "resume", "data", "log_every", "eval_every", "save_every", "keep_checkpoints",
+}  # fmt: skip
 
 
 @dataclass
@@ -80,11 +83,13 @@ class Recipe:
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints to keep"})
     resume: str = field(
         default="auto",
-        metadata={"help": "auto (the newest checkpoint), never (start over) or a checkpoint path"},
+        metadata={"help": "auto (newest checkpoint), never (start over), or a path to start from"},
     )
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "log_every", "eval_every", "keep_checkpoints", "lr")
+        positive = (
+            "steps", "batch_size", "log_every", "eval_every", "keep_checkpoints", "lr", "clip",
+        )  # fmt: skip
         for name in (*positive, "micro_batch_size", "eval_sequences", "save_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -93,11 +98,11 @@ class Recipe:
             raise UserError(f"seed is {self.seed}; it must lie between 0 and 2**32 - 1")
         if self.seq_len < 2:
             raise UserError(f"seq_len is {self.seq_len}; a sequence needs at least 2 tokens")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(
-                "warmup_steps and weight_decay must not be negative, and min_lr_ratio must lie "
-                "between 0 and 1"
-            )
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise UserError("warmup_steps and weight_decay must not be negative")
+        for name, limit in (("min_lr_ratio", 1), ("beta1", 0.9999), ("beta2", 0.99999)):
+            if not 0 <= getattr(self, name) <= limit:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie in 0 to {limit}")
 
     @property
     def run_folder(self) -> Path:
@@ -189,7 +194,7 @@ def merge(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML, with the versions' own field order."""
+    """Write the resolved recipe as YAML, its fields in the order of the dataclass."""
     import yaml
 
     path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")

@@ -8,7 +8,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from deep_delta.accounting import PeakMemory
-from deep_delta.data import PackedSequences, TokenShards, check_tokenizer, prepare_bundled
+from deep_delta.data import Manifest, PackedSequences, TokenShards, check_tokenizer, prepare_bundled
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.train.folder import (
@@ -45,15 +45,17 @@ def train(recipe: Recipe) -> RunResult:
     _quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
     data_folder = _data_folder(recipe)
-    train_data, val_data = _datasets(recipe, data_folder, config)
-    checkpoint = prepare_folder(recipe, config)
+    train_data, val_data, manifest = _datasets(recipe, data_folder, config)
+    checkpoint = prepare_folder(recipe, config, manifest)
     folder = recipe.run_folder
     if (folder / RESULT).is_file():
         return read_result(folder)
 
     with PeakMemory() as memory:
         set_seed(recipe.seed)
-        model = DeepDeltaForCausalLM(config)
+        start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        trained = checkpoint if start == recipe.steps else None
+        model = DeepDeltaForCausalLM(config) if trained is None else _load(trained)
         check_disk(folder, model, recipe)
         trainer = DeltaTrainer(
             recipe,
@@ -62,7 +64,6 @@ def train(recipe: Recipe) -> RunResult:
             train_dataset=train_data,
             eval_dataset=val_data,
         )
-        start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         progress = ProgressLine(f"{recipe.variant} seed {recipe.seed}", recipe.steps, start)
         per_step = recipe.batch_size * recipe.seq_len
         writer = MetricsWriter(folder / "metrics.jsonl", per_step, start, progress)
@@ -72,8 +73,9 @@ def train(recipe: Recipe) -> RunResult:
         trainer.add_callback(stopper)
         save_weight_decay(trainer, model, folder / "weight_decay.json")
         warm_up(trainer, model, train_data)
-        with stopper:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trained is None:  # else only what follows the last step is missing
+            with stopper:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stopper.requested and trainer.state.global_step < recipe.steps:
             progress.finish(f"interrupted at step {trainer.state.global_step}, checkpoint saved")
             raise Interrupted
@@ -86,6 +88,11 @@ def train(recipe: Recipe) -> RunResult:
     if stopper.requested:  # in the last step: this run is complete, but nothing is to follow
         raise Interrupted
     return result
+
+
+def _load(checkpoint: Path) -> DeepDeltaForCausalLM:
+    model: DeepDeltaForCausalLM = DeepDeltaForCausalLM.from_pretrained(checkpoint)
+    return model
 
 
 def model_config(recipe: Recipe) -> DeepDeltaConfig:
@@ -110,7 +117,9 @@ def _data_folder(recipe: Recipe) -> Path:
     return Path(recipe.data)
 
 
-def _datasets(recipe: Recipe, folder: Path, config: DeepDeltaConfig) -> tuple[Subset, Subset]:
+def _datasets(
+    recipe: Recipe, folder: Path, config: DeepDeltaConfig
+) -> tuple[Subset, Subset, Manifest]:
     train_shards, val_shards = (TokenShards.open(folder, split) for split in ("train", "val"))
     check_tokenizer(train_shards.manifest, config.vocab_size)
     config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
@@ -125,7 +134,8 @@ def _datasets(recipe: Recipe, folder: Path, config: DeepDeltaConfig) -> tuple[Su
     limit = min(recipe.eval_sequences or len(val_data), len(val_data))
     # Whole batches only, so that every step of every epoch has the tokens it says it has.
     whole = len(train_data) - len(train_data) % recipe.batch_size
-    return Subset(train_data, range(whole)), Subset(val_data, range(limit))
+    train_part, val_part = Subset(train_data, range(whole)), Subset(val_data, range(limit))
+    return train_part, val_part, train_shards.manifest
 
 
 def _quiet_transformers() -> None:

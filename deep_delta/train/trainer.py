@@ -24,9 +24,10 @@ class DeltaTrainer(Trainer):
     def __init__(self, recipe: Recipe, eval_dataset: Subset, **kwargs):
         self.decay_residual = recipe.decay_residual
         super().__init__(eval_dataset=eval_dataset, **kwargs)
-        labels = [eval_dataset[index]["labels"][1:] for index in range(len(eval_dataset))]
+        sequences = range(len(eval_dataset))
+        labels = (eval_dataset[index]["labels"][1:] for index in sequences)
         predictions = sum(int((row != IGNORED_LABEL).sum()) for row in labels)
-        self.predictions_per_sequence = predictions / len(labels)
+        self.predictions_per_sequence = predictions / len(sequences)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over predictions, also where documents are masked and batches differ in them.

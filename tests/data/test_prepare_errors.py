@@ -47,9 +47,21 @@ def test_a_parquet_file_needs_a_text_column(tmp_path):
     assert 'no column "text"' in message
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/no/such/folder", "some/dir.txt"])
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "./missing", "/no/such/folder", "some/dir.txt", "my_txt/"]
+)
 def test_a_missing_path_is_not_taken_for_a_data_set(name, tmp_path):
-    assert user_error(lambda: prepare([name], tmp_path / "out")) == f"no such file: {name}"
+    assert (
+        user_error(lambda: prepare([name], tmp_path / "out")) == f"no such file or folder: {name}"
+    )
+
+
+def test_a_slip_of_the_pen_does_not_bind_the_folder(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("not json\n")
+    (tmp_path / "good.jsonl").write_text('{"text": "some words"}\n{"text": "and more"}\n')
+    user_error(lambda: prepare([str(tmp_path / "bad.jsonl")], tmp_path / "out"))
+    manifest = prepare([str(tmp_path / "good.jsonl")], tmp_path / "out", val_fraction=0.0)
+    assert manifest.splits["train"].documents == 2
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

@@ -243,3 +243,17 @@ def test_broken_file_is_named_in_one_line(tmp_path, broken):
     (tmp_path / broken).write_bytes(b"{ neither JSON nor tensors")
     source = tmp_path / broken if broken == "one.safetensors" else tmp_path
     one_line_error(lambda: load_published(source), broken)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {"transformer.wte.weight": torch.ones(5, 4)},
+        {"transformer.wte.weight": torch.ones(5, 4), "transformer.h.x.ln_1.weight": torch.ones(4)},
+        {"transformer.wte.weight": torch.ones(5, 4), "transformer.h.0.ln_1.weight": torch.ones(4)},
+    ],
+    ids=["nothing", "embeddings", "no number", "no attention"],
+)
+def test_incomplete_weights_are_one_line(weights):
+    one_line_error(lambda: load_published(weights, {"num_attention_heads": 2}), "published")

@@ -220,6 +220,13 @@ def test_shapes_that_do_not_fit_are_one_line(shapes, name):
     one_line_error(lambda: delta_rewrite(*(torch.ones(shape) for shape in shapes)), name, "shape")
 
 
+def test_whole_numbers_and_a_negative_epsilon_are_one_line():
+    arguments = [torch.ones(2, 3), torch.ones(2), torch.ones(3), torch.tensor(1.0)]
+    one_line_error(lambda: delta_rewrite(*arguments, eps=-1.0), "eps")
+    arguments[0] = torch.ones(2, 3, dtype=torch.long)
+    one_line_error(lambda: delta_rewrite(*arguments), "floating point")
+
+
 def test_unknown_backend_is_one_line_and_never_falls_back():
     arguments = (torch.ones(2, 3), torch.ones(2), torch.ones(3), torch.tensor(1.0))
     one_line_error(lambda: delta_rewrite(*arguments, backend="cuda-magic"), "cuda-magic", "auto")

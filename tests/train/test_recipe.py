@@ -22,7 +22,7 @@ def write(tmp_path, text):
 
 def test_every_field_survives_a_round_trip_through_yaml(tmp_path):
     changed = {
-        "parameterization": "published", "model": {"hidden_size": 32, "gate": "layer"},
+        "parameterization": "paper", "model": {"hidden_size": 32, "gate": "layer"},
         "micro_batch_size": 2, "mask_documents": True, "decay_residual": False,
         "precision": "bf16", "gradient_checkpointing": True, "resume": "never",
     }  # fmt: skip

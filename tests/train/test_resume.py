@@ -1,5 +1,6 @@
 """Stopping and going on: the run ends as if nothing had happened, and nothing is lost."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -7,9 +8,12 @@ import shutil
 import signal
 
 import pytest
-from train.micro import equal_weights, losses, micro_recipe, rows_of, user_error
+import torch
+from safetensors.torch import load_file
+from train.micro import equal_weights, losses, micro_recipe, rows_of, some_text, user_error
 
-from deep_delta.train import Interrupted, train
+from deep_delta.data import prepare
+from deep_delta.train import Interrupted, read_result, train
 from deep_delta.train.trainer import DeltaTrainer
 
 
@@ -177,6 +181,46 @@ def test_a_finished_run_is_not_trained_again(micro_data, tmp_path, at_pass):
     at_pass(1, crash)
     assert train(recipe) == result
     assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_a_checkpoint_of_the_last_step_only_needs_its_end(micro_data, tmp_path):
+    """What is left when a run is killed while it saves its final model."""
+    recipe = micro_recipe(micro_data, tmp_path, save_every=3)
+    result = train(recipe)
+    before = (recipe.run_folder / "metrics.jsonl").read_text()
+    final = load_file(recipe.run_folder / "final" / "model.safetensors")
+    shutil.rmtree(recipe.run_folder / "final")
+    (recipe.run_folder / "result.json").unlink()
+    again = train(recipe)
+    assert (again.val_loss, again.tokens) == (result.val_loss, result.tokens)
+    assert (recipe.run_folder / "metrics.jsonl").read_text() == before
+    saved = load_file(recipe.run_folder / "final" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in final.items())
+
+
+def test_other_data_under_the_same_path_is_refused(micro_data, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(micro_data, shards)
+    recipe = micro_recipe(shards, tmp_path)
+    train(recipe)
+    moved = tmp_path / "moved"
+    shards.rename(moved)
+    assert train(dataclasses.replace(recipe, data=str(moved))) == read_result(recipe.run_folder)
+    source = tmp_path / "other.jsonl"
+    lines = [json.dumps({"text": some_text(40, seed)}) for seed in range(100, 160)]
+    source.write_text("\n".join(lines) + "\n")
+    prepare([str(source)], shards, val_fraction=0.25)
+    assert "other data" in user_error(train, recipe)
+
+
+def test_a_resumed_run_keeps_the_intervals_it_is_given(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, save_every=2, eval_every=6)
+    train(recipe)
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(recipe.run_folder / name)
+    (recipe.run_folder / "result.json").unlink()
+    train(dataclasses.replace(recipe, eval_every=1))
+    assert [row["step"] for row in rows_of(recipe.run_folder, "val_loss")] == [5, 6]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_a_run_folder_is_complete(micro_data, tmp_path):
     result = train(recipe)
     folder = tmp_path / "ddl-cc" / "seed-0"
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "weight_decay.json", "result.json", "final",
+        "recipe.yaml", "data.json", "metrics.jsonl", "weight_decay.json", "result.json", "final",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == recipe
     assert read_result(folder) == result
