@@ -35,8 +35,8 @@ class Interrupted(Exception):
 def train(recipe: Recipe) -> RunResult:
     """Train by the recipe, or take up the run in its folder; returns the result.
 
-    Leaves recipe.yaml, weight_decay.json, metrics.jsonl, result.json and final/ (a checkpoint with
-    tokenizer that `from_pretrained` loads) in `recipe.run_folder`.
+    Leaves recipe.yaml, data.json (the data's hashes), weight_decay.json, metrics.jsonl, result.json
+    and final/ (a checkpoint with tokenizer that `from_pretrained` loads) in `recipe.run_folder`.
 
     Raises:
         UserError: data, recipe or run folder that do not fit, in one line.
