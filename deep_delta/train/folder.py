@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from deep_delta.accounting import flops_per_token
 from deep_delta.data import Manifest
+from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.train.metrics import read_metrics
@@ -65,10 +66,11 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
             raise UserError(
                 f"{folder} is finished: choose another --out to go on from {checkpoint}"
             )
+    identity = _data_identity(data)
     complete = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
     if complete or (folder / RESULT).is_file():  # else there is nothing that other choices spoil
         changed = recipe.differences(load_recipe(folder / RECIPE))
-        if _data_identity(data) != json.loads((folder / DATA).read_text(encoding="utf-8")):
+        if identity != json.loads((folder / DATA).read_text(encoding="utf-8")):
             changed.append(f"other data in {recipe.data}")
         if changed:
             raise UserError(
@@ -79,8 +81,7 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
         return None
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / RECIPE)
-    identity = json.dumps(_data_identity(data), indent=1) + "\n"
-    (folder / DATA).write_text(identity, encoding="utf-8")
+    write_json_atomically(folder / DATA, identity)
     newest = max(complete, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
     return checkpoint or newest
 
@@ -173,7 +174,5 @@ def save_result(
         peak_memory_bytes=memory,
         flops_per_token=flops_per_token(config, recipe.seq_len),
     )
-    temporary = folder / (RESULT + ".tmp")
-    temporary.write_text(json.dumps(result.__dict__, indent=1) + "\n", encoding="utf-8")
-    temporary.rename(folder / RESULT)
+    write_json_atomically(folder / RESULT, asdict(result))
     return result

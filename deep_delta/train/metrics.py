@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deep_delta.data.files import write_atomically
 from deep_delta.train.progress import ProgressLine
 
 Row = dict[str, Any]
@@ -29,9 +29,7 @@ def read_metrics(path: Path) -> list[Row]:
 def keep_until(path: Path, step: int) -> list[Row]:
     """Drop the rows after a step, atomically, and return those that stay."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(_line(row) for row in rows).encode())
     return rows
 
 
