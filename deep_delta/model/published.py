@@ -45,10 +45,12 @@ _ATTENTION = {
 }  # fmt: skip
 _MLP = {"c_fc1": "gate_proj", "c_fc2": "up_proj", "c_proj": "down_proj", "o_proj": "down_proj"}
 _NORMS = {"ln_1": "attn_residual.norm", "ln_2": "mlp_residual.norm"}
-_GATE = {"beta.weight": "gate.weight", "beta.bias": "gate.bias",
-         "beta_in.weight": "gate.hidden", "beta_out.weight": "gate.weight",
-         "beta_out.bias": "gate.bias"}  # fmt: skip
-_VALUE = {"v_proj.weight": "value.weight", "v_proj.bias": "value.bias"}
+_RESIDUALS = {"ddl_attn": "attn_residual", "ddl_mlp": "mlp_residual"}
+_GENERATORS = {
+    "beta.weight": "gate.weight", "beta.bias": "gate.bias", "beta_in.weight": "gate.hidden",
+    "beta_out.weight": "gate.weight", "beta_out.bias": "gate.bias",
+    "v_proj.weight": "value.weight", "v_proj.bias": "value.bias",
+}  # fmt: skip
 
 
 def load_published(
@@ -256,13 +258,26 @@ def _compressor(
     return {target + "weight": folded}
 
 
+def _block_name(part: str, rest: str) -> str | None:
+    """This library's name, inside a block, of a published tensor `part.rest`; None if unknown."""
+    leaf, _, kind = rest.partition(".")
+    if part in _NORMS:
+        return f"{_NORMS[part]}.{rest}"
+    if part == "attn" and leaf in _ATTENTION:
+        return f"self_attn.{_ATTENTION[leaf]}.{kind}"
+    if part == "mlp" and leaf in _MLP:
+        return f"mlp.{_MLP[leaf]}.{kind}"
+    if part in _RESIDUALS and rest in _GENERATORS:
+        return f"{_RESIDUALS[part]}.{_GENERATORS[rest]}"
+    return None
+
+
 def _convert(weights: Weights, published: Mapping[str, Any], fields: Mapping[str, Any]) -> Weights:
     """Published tensors under this library's names; ValueError for any that is left over."""
     causal = bool(published.get("ddl_state_dv_shortconv_causal", False))
     embeddings = weights["transformer.wte.weight"]
     out = {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}
-    constant = torch.full((fields["value_channels"],), _constant(published), dtype=embeddings.dtype)
-    unknown = []
+    compressors, unknown = {}, []
     for name, tensor in weights.items():
         if name in ("transformer.wte.weight", "lm_head.weight"):
             continue
@@ -271,40 +286,28 @@ def _convert(weights: Weights, published: Mapping[str, Any], fields: Mapping[str
         elif name.startswith("input_embed."):
             shape = (fields["hidden_size"], fields["value_channels"], -1)
             out["model.expand.weight"] = tensor.reshape(shape)
+        elif name.startswith("readout."):
+            compressors["readout."] = "model.readout.compressor."
         elif name.startswith("transformer.h."):
             _, _, layer, part, rest = name.split(".", 4)
-            target = f"model.layers.{layer}."
-            if part == "attn" and rest.partition(".")[0] in _ATTENTION:
-                leaf, _, kind = rest.partition(".")
-                out[f"{target}self_attn.{_ATTENTION[leaf]}.{kind}"] = tensor
-            elif part == "mlp" and rest.partition(".")[0] in _MLP:
-                leaf, _, kind = rest.partition(".")
-                out[f"{target}mlp.{_MLP[leaf]}.{kind}"] = tensor
-            elif part in _NORMS:
-                out[f"{target}{_NORMS[part]}.{rest}"] = tensor
-            elif part in ("ddl_attn", "ddl_mlp"):
-                residual = target + ("attn_residual." if part == "ddl_attn" else "mlp_residual.")
-                if rest in _GATE:
-                    out[residual + _GATE[rest]] = tensor
-                elif rest in _VALUE:
-                    # The published code keeps its value projection when the value is a constant.
-                    if fields["value_activation"] == "constant":
-                        out[residual + "value.vector"] = constant
-                    else:
-                        out[residual + _VALUE[rest]] = tensor
-                else:
-                    unknown.append(name)
-            elif part == "compress":
-                source = f"transformer.h.{layer}.compress."
-                lender = f"{target}attn_residual.compressor."
-                out.update(_compressor(weights, source, lender, fields, causal))
+            if part == "compress":
+                lender = f"model.layers.{layer}.attn_residual.compressor."
+                compressors[f"transformer.h.{layer}.compress."] = lender
+            elif (inside := _block_name(part, rest)) is not None:
+                out[f"model.layers.{layer}.{inside}"] = tensor
             else:
                 unknown.append(name)
-        elif name.startswith("readout."):
-            readout = _compressor(weights, "readout.", "model.readout.compressor.", fields, causal)
-            out.update(readout)
         else:
             unknown.append(name)
     if unknown:
         raise ValueError(f"published tensors that deep_delta does not know: {', '.join(unknown)}")
+    for source, target in compressors.items():
+        out |= _compressor(weights, source, target, fields, causal)
+    if fields.get("value_activation") == "constant":
+        # The published code keeps its value projection beside the constant that replaces it.
+        unused = [name for name in out if ".value." in name]
+        vector = torch.full((fields["value_channels"],), _constant(published))
+        for name in unused:
+            del out[name]
+            out[name.rpartition(".")[0] + ".vector"] = vector.to(embeddings.dtype)
     return out
