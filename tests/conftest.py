@@ -1,5 +1,6 @@
 """Settings for every test: one thread a process (the suite runs two), and settled randomness."""
 
+import functools
 import os
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():  # read when triton is first imported, which no conftest does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 # The same examples on every run; a deadline would only measure how busy the machine is.
@@ -17,3 +20,18 @@ settings.load_profile("deterministic")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """torch.compile traces and guards as ever, but skips the code generation, which takes a minute.
+
+    Returns a function: how many graphs have been compiled since the test began.
+    """
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch.compiler.reset()

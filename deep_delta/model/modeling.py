@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from deep_delta.model.build import build_expand, build_readout, build_residual, matrix_std
 from deep_delta.model.configuration import DeepDeltaConfig
+from deep_delta.model.loss import LinearCrossEntropy, linear_cross_entropy
 from deep_delta.residual import ResidualModule, RMSNorm, State, TokenWindow
 
 
@@ -212,6 +213,8 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(state.settle().mean(-1))
+            if self.gradient_checkpointing and self.training:
+                state = state._replace(trail=None)  # a checkpointed block keeps its own input
             state = State(
                 *layer(
                     *state,
@@ -232,7 +235,11 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
 
 
 class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
-    """The language model: `DeepDeltaModel` and a head tied to the embeddings."""
+    """The language model: `DeepDeltaModel` and a head tied to the embeddings.
+
+    `linear_cross_entropy` computes the loss of a call with `skip_logits=True`; assign another
+    function of `loss.LOSSES` to change how.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -241,6 +248,7 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
         self.model = DeepDeltaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
         self.post_init()
 
     @can_return_tuple
@@ -254,13 +262,16 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocabulary) and, with labels (B, T), the mean loss in nats per token.
 
         Labels are shifted here: pass the input ids themselves, −100 where nothing is predicted.
         `num_items_in_batch` replaces the mean by sum / num_items_in_batch (gradient
-        accumulation); `shift_labels` takes labels that are already shifted.
+        accumulation); `shift_labels` takes labels that are already shifted. With labels of either
+        kind and `skip_logits`, the same loss comes from `self.linear_cross_entropy`, and `logits`
+        is None: for training, where the logits would take more memory than the model.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -271,15 +282,29 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        if self.config.logit_multiplier != 1:
-            logits = logits * self.config.logit_multiplier
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+        loss: Any = None
+        logits = None
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if has_labels and skip_logits:
+            given = ("num_items_in_batch", "shift_labels", "ignore_index")
+            loss = self.linear_cross_entropy(
+                outputs.last_hidden_state,
+                self.lm_head.weight,
+                labels,
+                multiplier=self.config.logit_multiplier,
+                **{name: kwargs[name] for name in given if name in kwargs},
             )
+        else:
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+            if self.config.logit_multiplier != 1:
+                logits = logits * self.config.logit_multiplier
+            if has_labels:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

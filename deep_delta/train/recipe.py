@@ -72,6 +72,12 @@ class Recipe:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute blocks in the backward pass to save memory"}
     )
+    compile: bool = field(
+        default=False, metadata={"help": "torch.compile layers and loss: a slow start, fast steps"}
+    )
+    loss: Literal["torch", "liger"] = field(
+        default="torch", metadata={"help": "cross-entropy by torch, or by liger-kernel (GPU only)"}
+    )
     log_every: int = field(default=10, metadata={"help": "steps between rows of metrics.jsonl"})
     eval_every: int = field(default=40, metadata={"help": "steps between evaluations"})
     eval_sequences: int | None = field(

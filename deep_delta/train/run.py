@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  # else the first optimizer step loads it, in somebody's timing
+import torch
+import torch._dynamo  # else the first optimizer step loads it, in somebody's timing
 from torch.utils.data import Subset
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -11,6 +12,8 @@ from deep_delta.accounting import PeakMemory
 from deep_delta.data import Manifest, PackedSequences, TokenShards, check_tokenizer, prepare_bundled
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.model.compile import compile_layers
+from deep_delta.model.loss import LinearCrossEntropy, resolve_loss
 from deep_delta.train.folder import (
     FINAL,
     RESULT,
@@ -44,6 +47,7 @@ def train(recipe: Recipe) -> RunResult:
     """
     _quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
+    loss = _loss(recipe, arguments.device)
     data_folder = _data_folder(recipe)
     train_data, val_data, manifest = _datasets(recipe, data_folder, config)
     checkpoint = prepare_folder(recipe, config, manifest)
@@ -57,6 +61,11 @@ def train(recipe: Recipe) -> RunResult:
         trained = checkpoint if start == recipe.steps else None
         model = DeepDeltaForCausalLM(config) if trained is None else _load(trained)
         check_disk(folder, model, recipe)
+        model.linear_cross_entropy = loss
+        if recipe.compile:
+            # Else the graphs of a comparison's earlier runs would be looked through at every call.
+            torch.compiler.reset()
+            compile_layers(model)
         trainer = DeltaTrainer(
             recipe,
             model=model,
@@ -93,6 +102,13 @@ def train(recipe: Recipe) -> RunResult:
 def _load(checkpoint: Path) -> DeepDeltaForCausalLM:
     model: DeepDeltaForCausalLM = DeepDeltaForCausalLM.from_pretrained(checkpoint)
     return model
+
+
+def _loss(recipe: Recipe, device: torch.device) -> LinearCrossEntropy:
+    try:
+        return resolve_loss(recipe.loss, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def model_config(recipe: Recipe) -> DeepDeltaConfig:

@@ -35,6 +35,7 @@ class DeltaTrainer(Trainer):
         Trainer averages an evaluation's batch losses by sequences. Dividing each batch's sum by
         its sequences times the predictions of an average one makes that the mean over predictions.
         """
+        inputs = {**inputs, "skip_logits": True}
         if model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         items = len(inputs["labels"]) * self.predictions_per_sequence
@@ -134,10 +135,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def warm_up(trainer: Trainer, model: nn.Module, data: Subset) -> None:
-    """One untimed pass: first calls load kernels, and whoever trains first should not pay."""
+    """One untimed pass: first calls load or compile, and whoever trains first should not pay."""
     batch = [data[index] for index in range(trainer.args.per_device_train_batch_size)]
     inputs = trainer._prepare_inputs(default_data_collator(batch))
-    with trainer.compute_loss_context_manager():
-        loss = model(**inputs).loss
-    loss.backward()
+    predictions = (inputs["labels"] != IGNORED_LABEL).sum()
+    with trainer.accelerator.autocast():  # as in training: what it loads and compiles depends on it
+        loss = trainer.compute_loss(model, inputs, num_items_in_batch=predictions)
+    loss.backward()  # type: ignore[union-attr]  # without outputs it is the loss alone
     model.zero_grad(set_to_none=True)

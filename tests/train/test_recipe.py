@@ -25,6 +25,7 @@ def test_every_field_survives_a_round_trip_through_yaml(tmp_path):
         "parameterization": "paper", "model": {"hidden_size": 32, "gate": "layer"},
         "micro_batch_size": 2, "mask_documents": True, "decay_residual": False,
         "precision": "bf16", "gradient_checkpointing": True, "resume": "never",
+        "compile": True, "loss": "liger",
     }  # fmt: skip
     for field in dataclasses.fields(Recipe):
         if field.name in changed:
@@ -161,6 +162,8 @@ def test_differences_name_what_would_train_another_model():
     assert dataclasses.replace(recipe, **free, keep_checkpoints=5).differences(recipe) == []
     other = dataclasses.replace(recipe, steps=8, model={"gate": "layer"})
     assert other.differences(recipe) == ["model: {} -> {'gate': 'layer'}", "steps: 7 -> 8"]
+    faster = dataclasses.replace(recipe, compile=True, loss="liger")  # which rounds otherwise
+    assert faster.differences(recipe) == ["compile: False -> True", "loss: torch -> liger"]
 
 
 def test_the_run_folder_is_named_after_variant_and_seed():

@@ -229,6 +229,7 @@ def test_a_resumed_run_keeps_the_intervals_it_is_given(micro_data, tmp_path):
         ({"steps": 8}, "steps: 6 -> 8"),
         ({"lr": 0.1}, "lr: 0.003 -> 0.1"),
         ({"model": {"head_dim": 8}}, "head_dim"),
+        ({"compile": True}, "compile: False -> True"),  # it rounds otherwise
     ],
 )
 def test_another_recipe_in_the_same_folder_is_refused(micro_data, tmp_path, fields, named):

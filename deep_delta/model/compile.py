@@ -1,0 +1,36 @@
+"""Regional compilation: each part of the decoder by itself, so that equal layers share one graph.
+
+Compiling the model as a whole would take minutes for a deep one and unroll its layers; this takes
+the time of one layer, whatever the depth.
+"""
+
+import torch
+
+from deep_delta.model.loss import linear_cross_entropy
+from deep_delta.model.modeling import DeepDeltaForCausalLM
+
+
+def compile_layers(model: DeepDeltaForCausalLM) -> DeepDeltaForCausalLM:
+    """Compile the expansion, every layer, the readout, the last norm and the loss, in place.
+
+    For training and evaluation: call the model with `use_cache=False`, because with a cache every
+    layer would need a graph of its own. The loss is compiled unless the model has another one than
+    `linear_cross_entropy`. Names of parameters and saved files stay as they are. Nothing is
+    compiled before the first call; a graph that cannot be compiled whole raises there.
+
+    Two graphs serve all layers, since the first finds no pending write in the state; training and
+    evaluation each have theirs. The first other batch shape costs one more, which then serves
+    every shape (torch's default for `dynamic`).
+
+    Returns:
+        The model it was given.
+    """
+    # All modules that `Module.compile` has compiled count against one limit, which is 8 by default.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)
+    decoder = model.model
+    for part in (decoder.expand, *decoder.layers, decoder.readout, decoder.norm):
+        part.compile(fullgraph=True)
+    if model.linear_cross_entropy is linear_cross_entropy:
+        model.linear_cross_entropy = torch.compile(linear_cross_entropy, fullgraph=True)
+    return model
