@@ -1,6 +1,7 @@
 """Floors of the house (docs: the design): a module imports only what lies below it."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,16 +65,47 @@ def test_imports_only_what_lies_below(file):
     assert floors_used(file) <= ALLOWED[floor(file)]
 
 
+KERNELS = [file for file in FILES if file.parent == PACKAGE / "ops" / "kernels"]
+
+
 def distributions(*floors: str) -> set[str]:
-    """What these floors import from outside the standard library, ourselves included."""
-    names = {
-        name.split(".")[0] for file in FILES if floor(file) in floors for name in imports(file)
-    }
+    """What these floors import from outside the standard library, ourselves included.
+
+    Without the Triton kernels: they are imported where they run.
+    """
+    files = [file for file in FILES if floor(file) in floors and file not in KERNELS]
+    names = {name.split(".")[0] for file in files for name in imports(file)}
     return names - sys.stdlib_module_names
 
 
 def test_the_delta_rule_needs_torch_only():
     assert distributions("ops") == {"torch", "deep_delta"}
+
+
+def test_kernels_need_triton_only():
+    """And one another: a kernel that imports torch, or the floor above it, is no kernel."""
+    used = {name for file in KERNELS for name in imports(file)}
+    outside = {name for name in used if not name.startswith("deep_delta.ops.kernels")}
+    assert {name.split(".")[0] for name in outside} == {"triton"}
+
+
+def test_library_works_without_triton_and_imports_kernels_when_they_run():
+    """Triton is optional. torch may import it for itself where it is installed."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, deep_delta, deep_delta.model, deep_delta.residual, deep_delta.ops\n"
+        "one = [torch.ones(size) for size in ((2, 1), 2, 1, ())]\n"
+        "print(deep_delta.delta_rewrite(*one, eps=0.0).flatten().tolist())\n"
+        "print([n for n in sys.modules if n.startswith('deep_delta.ops.') and 'triton' in dir("
+        "sys.modules[n])], 'deep_delta.ops.fused' in sys.modules)\n"
+        "deep_delta.delta_rewrite(*one, backend='triton')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # x = (1, 1) along h = (1, 1): k = h/√2 holds √2, the value is 1, and X becomes k.
+    root, imported = run.stdout.splitlines()
+    assert [round(number, 6) for number in ast.literal_eval(root)] == [0.707107] * 2
+    assert imported == "[] False"
+    assert run.stderr.splitlines()[-1].startswith("ValueError: backend 'triton' needs")
 
 
 def test_files_are_short_enough_to_read():
@@ -85,5 +117,6 @@ def test_files_are_short_enough_to_read():
 def test_core_needs_only_torch_and_transformers():
     """Importing the library must not need an extra; leaves and jobs may."""
     core = distributions("ops", "residual", "model", "deep_delta")
+    core -= {"liger_kernel"}  # the extra `liger`, imported by the function that needs it
     # huggingface_hub and safetensors are dependencies of transformers.
     assert core == {"torch", "transformers", "huggingface_hub", "safetensors", "deep_delta"}

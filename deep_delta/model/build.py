@@ -12,6 +12,7 @@ from deep_delta.model.configuration import DeepDeltaConfig
 from deep_delta.residual import (
     AdditiveResidual,
     ChannelCompressor,
+    Compressor,
     ConstantValue,
     DeltaResidual,
     EmbeddingConv,
@@ -36,7 +37,7 @@ def matrix_std(config: DeepDeltaConfig) -> float:
     return config.hidden_init_std_factor / math.sqrt(config.hidden_size)
 
 
-def build_compressor(config: DeepDeltaConfig) -> nn.Module:
+def build_compressor(config: DeepDeltaConfig) -> Compressor:
     width, channels = config.hidden_size, config.value_channels
     std = matrix_std(config) if config.residual_init == "published" else None
     if config.compressor == "token":
@@ -88,6 +89,8 @@ def build_residual(
         "owns_compressor": lender is None,
         "norm_eps": config.rms_norm_eps,
         "slot": (layer, index),
+        "backend": config.backend,
+        "rebuild": config.rebuild,
     }
     width, channels = config.hidden_size, config.value_channels
     if config.residual == "additive":
@@ -120,10 +123,12 @@ def build_expand(config: DeepDeltaConfig) -> nn.Module:
             config.embedding_kernel_size,
             dtype,
             slot=(0, index),
+            backend=config.backend,
         )
     return Repeat(config.value_channels, dtype)
 
 
 @_own_randomness
 def build_readout(config: DeepDeltaConfig) -> StateReadout:
-    return StateReadout(build_compressor(config), slot=(config.num_hidden_layers - 1, 3))
+    slot = (config.num_hidden_layers - 1, 3)
+    return StateReadout(build_compressor(config), slot, config.backend)

@@ -54,7 +54,9 @@ class DeepDeltaConfig(PreTrainedConfig):
             into the residual stream smaller by √layers; embeddings as N(0, initializer_range).
         logit_multiplier: factor on the logits.
         state_dtype: dtype of X, e.g. "bfloat16"; None for the embeddings' dtype.
-        backend: "auto" or "reference": which implementation of the delta rule runs.
+        backend: "auto", "reference" or "triton": which implementation of the delta rule runs.
+        rebuild: states between two kept ones that the backward pass rebuilds ("triton"): 0 trains
+            fastest, 5 needs hardly more memory than an additive model.
 
     Raises:
         ValueError: an unknown field, or a combination that has no meaning; one line each.
@@ -111,6 +113,7 @@ class DeepDeltaConfig(PreTrainedConfig):
     logit_multiplier: float | int = 1.0
     state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     backend: str = "auto"
+    rebuild: int = 0
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
@@ -237,6 +240,8 @@ def _check_state(config: DeepDeltaConfig) -> None:
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout is {config.attention_dropout}; it must lie in 0 to 1")
 
+    if config.rebuild < 0:
+        raise ValueError(f"rebuild is {config.rebuild}; it must be 0 or more")
     resolve_backend(config.backend)
 
 

@@ -1,17 +1,103 @@
-"""Which implementation of the delta rule runs. A backend that is named never falls back."""
+"""The delta rule for users: checks, and the choice of an implementation.
 
+"auto" takes the fused kernels where they run (a CUDA device, triton installed, fp32, bf16 or fp16)
+and the reference elsewhere. A backend that is named never falls back. Both compute the same
+function; what they round, and where, is in `README.md` beside this file.
+"""
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from deep_delta.ops import reference
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "triton")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Asked once, here: torch.compile traces neither question.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if HAS_TRITON:
+    from deep_delta.ops import flops, fused, fused_expand  # noqa: F401
 
 
-def resolve_backend(backend: str) -> str:
-    """The backend that `backend` stands for; ValueError if this version does not have it."""
+class Trail(NamedTuple):
+    """An earlier state and the writes X + h rᵀ since: what X can be rebuilt from, without X."""
+
+    state: Tensor  # (B, T, d, d_v)
+    directions: tuple[Tensor, ...]  # h, each (B, T, d)
+    rows: tuple[Tensor, ...]  # r, each (B·T, d_v), fp32
+
+
+class Reading(NamedTuple):
+    """What one read of the state gives."""
+
+    state: Tensor  # X with the write applied, (B, T, d, d_v)
+    context: Tensor  # c, (B, T, d)
+    gate_logits: Tensor | None  # (B, T, G), at least fp32
+    value_logits: Tensor | None  # (B, T, V), at least fp32
+    trail: Trail | None  # how the backward pass of the next read gets `state`; None: it is kept
+
+
+def resolve_backend(backend: str, state: Tensor | None = None) -> str:
+    """ "reference" or "triton": what `backend` stands for, for this state.
+
+    Raises:
+        ValueError: an unknown name, or "triton" where it cannot run; one line that says why.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not available; use one of {', '.join(BACKENDS)}")
-    return "reference"
+    if backend == "reference" or (backend == "auto" and state is None):
+        return "reference"
+    reason = _why_not_triton(state)
+    if backend == "auto" and state is not None and state.device.type != "cuda":
+        return "reference"  # also where the interpreter could run the kernels
+    if reason and backend == "triton":
+        raise ValueError(f"backend 'triton' {reason}; use backend 'auto' or 'reference'")
+    return "reference" if reason else "triton"
+
+
+def _why_not_triton(state: Tensor | None) -> str | None:
+    if not HAS_TRITON:
+        return "needs the package triton (pip install 'deep-delta-learning[triton]')"
+    if state is None:
+        return None
+    if state.device.type != "cuda" and not INTERPRETED:
+        return f"needs tensors on a CUDA device, these are on {state.device.type!r}"
+    if state.dtype not in KERNEL_DTYPES:
+        return f"takes states in fp32, bf16 and fp16, not {state.dtype}"
+    return None
+
+
+def apply_write(
+    state: Tensor,
+    direction: Tensor | None,
+    target: Tensor | None = None,
+    erase: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply a pending write in its canonical form, X ← X + s·h (aᵀ − b·s·hᵀX).
+
+    Args:
+        state: X, (..., d, d_v).
+        direction: h, (..., d); None leaves the state as it is.
+        target: a, (..., d_v); None for a = 1.
+        erase: b, (...); None for b = 0.
+        eps: ε of s = 1/√(‖h‖² + ε²), §3.1; None for s = 1.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        The new state, (..., d, d_v), in the state's dtype; computed in at least fp32.
+    """
+    if direction is None:
+        return state
+    if resolve_backend(backend, state) == "reference":
+        return reference.apply_write(state, direction, target, erase, eps)
+    return fused.apply_write(state, direction, target, erase, eps)
 
 
 def delta_rewrite(
@@ -33,13 +119,13 @@ def delta_rewrite(
         gate: β, (...), meant to lie in (0, 2): 0 keeps the state, 1 overwrites, 2 reflects.
         erase: False gives the write-only control X + β k vᵀ.
         eps: ε, in units of ‖direction‖. A zero direction leaves the state as it is.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "triton" (one fused kernel).
 
     Returns:
         The new state, (..., d, d_v), in the state's dtype; computed in at least fp32.
 
     Raises:
-        ValueError: shapes that do not fit, or a backend this version does not have.
+        ValueError: shapes that do not fit, or a backend that cannot run here.
     """
     if not state.is_floating_point():
         raise ValueError(f"the state is {state.dtype}; it must be floating point")
@@ -57,5 +143,113 @@ def delta_rewrite(
                 f"{name} has shape {tuple(tensor.shape)}; a state of shape {tuple(state.shape)} "
                 f"(..., d, d_v) needs {tuple(shape)}"
             )
-    resolve_backend(backend)
-    return reference.delta_rewrite(state, direction, value, gate, erase=erase, eps=eps)
+    target = gate.unsqueeze(-1) * value
+    return apply_write(state, direction, target, gate if erase else None, eps=eps, backend=backend)
+
+
+def read_state(
+    state: Tensor,
+    direction: Tensor | None = None,
+    target: Tensor | None = None,
+    erase: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    kernel: Tensor | None = None,
+    norm_weight: Tensor,
+    norm_eps: float,
+    gate_weight: Tensor | None = None,
+    value_weight: Tensor | None = None,
+    value_on_state: bool = False,
+    segments: Tensor | None = None,
+    context_dtype: torch.dtype | None = None,
+    trail: Trail | None = None,
+    rebuild: int = 0,
+    backend: str = "auto",
+) -> Reading:
+    """One read: apply the pending write, compress (§A.3), normalise, gate and value logits.
+
+    The fused form of `apply_write`, `compress`, RMSNorm and two products with the context: X is
+    read once and written once.
+
+    Args:
+        state, direction, target, erase, eps: X (B, T, d, d_v) and its pending write, as in
+            `apply_write`.
+        kernel: the compressor's taps (K, d_v, d), the last one for the current token; K = 1 is
+            the channel compressor. None for d_v = 1, where the state is the input.
+        norm_weight, norm_eps: g (d) and ε of the RMSNorm that makes the context.
+        gate_weight: (G, d) rows whose products with the context are the gates' logits.
+        value_weight: (V, d), the same for the value; with `value_on_state` the products are with
+            the compressed state before the norm.
+        segments: (B, T), the document number of each token: the compressor looks at no other.
+        context_dtype: dtype of the context; by default the norm weight's.
+        trail: from the Reading that made `state`.
+        rebuild: how many states between two kept ones the backward pass may rebuild ("triton"
+            only; the reference keeps what autograd keeps).
+        backend: "auto", "reference" or "triton".
+    """
+    context_dtype = context_dtype or norm_weight.dtype
+    if resolve_backend(backend, state) == "reference":
+        read = reference.read_state(
+            state, direction, target, erase, eps, kernel, norm_weight, norm_eps, gate_weight,
+            value_weight, value_on_state, segments,
+        )  # fmt: skip
+        return Reading(read[0], read[1].to(context_dtype), *read[2:], None)
+    read = fused.read(
+        state, direction, target, erase, eps, kernel, norm_weight, norm_eps, gate_weight,
+        value_weight, value_on_state, segments, context_dtype, trail,
+    )  # fmt: skip
+    new, context, gates, values, row = read
+    return Reading(new, context, gates, values, _next_trail(trail, state, direction, row, rebuild))
+
+
+def _next_trail(
+    trail: Trail | None, state: Tensor, direction: Tensor | None, row: Tensor | None, rebuild: int
+) -> Trail | None:
+    # A plain x + h (no row) keeps its new state and nothing else: cheaper than any trail.
+    if row is None or direction is None or not rebuild or not torch.is_grad_enabled():
+        return None
+    past = trail or Trail(state.detach(), (), ())
+    if len(past.directions) == rebuild:
+        return None
+    return Trail(past.state, (*past.directions, direction.detach()), (*past.rows, row.detach()))
+
+
+def reduce_state(
+    state: Tensor,
+    direction: Tensor | None = None,
+    target: Tensor | None = None,
+    erase: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    kernel: Tensor | None = None,
+    segments: Tensor | None = None,
+    trail: Trail | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The last read: apply the pending write and compress, (B, T, d, d_v) -> (B, T, d), >= fp32.
+
+    Arguments as in `read_state`.
+    """
+    if resolve_backend(backend, state) == "reference":
+        settled = reference.apply_write(state, direction, target, erase, eps)
+        return reference.compress(settled, kernel, segments)
+    return fused.reduce(state, direction, target, erase, eps, kernel, segments, trail)
+
+
+def expand_embeddings(
+    embeddings: Tensor,
+    kernel: Tensor,
+    segments: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The embedding convolution (EC, §A.3): X_tij = Σ_s c_ij,s x_t−s,i, causal in t.
+
+    embeddings (B, T, d), kernel c (d, d_v, K) whose last tap is the current token
+    -> (B, T, d, d_v) in `dtype`, by default at least fp32, in which it is computed.
+    """
+    if resolve_backend(backend, embeddings) == "reference":
+        expanded = reference.expand_embeddings(embeddings, kernel, segments)
+        return expanded if dtype is None else expanded.to(dtype)
+    return fused_expand.expand(embeddings, kernel, segments, dtype or torch.float32)

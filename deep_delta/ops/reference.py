@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -58,21 +59,24 @@ def _readout(channels: Tensor, direction: Tensor) -> Tensor:
 def apply_write(
     state: Tensor,
     direction: Tensor | None = None,
-    scale: Tensor | None = None,
     target: Tensor | None = None,
     erase: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     """Apply a deferred write in its canonical form, X ← X + s·h (aᵀ − b·s·hᵀX).
 
-    state X (..., d, d_v); direction h (..., d); scale s (...), None for 1; target a (..., d_v);
-    erase b (...), None for 0. Without a direction nothing is pending and X is returned.
-    The delta rule (eq. 2.2) is s = 1/√(‖h‖² + ε²), a = βv, b = β; the write-only control leaves
-    out b; an additive stream is s = 1, a = 1 and no b.
+    state X (..., d, d_v); direction h (..., d); target a (..., d_v), None for 1; erase b (...),
+    None for 0; s = 1/√(‖h‖² + ε²), or 1 without an ε. Without a direction nothing is pending and
+    X is returned. The delta rule (eq. 2.2) is a = βv, b = β; the write-only control leaves out b;
+    an additive stream has neither a, b nor ε.
     """
-    if direction is None or target is None:
+    if direction is None:
         return state
-    dtype = _wide(state, direction, target)
-    channels, key, row = state.to(dtype).mT, direction.to(dtype), target.to(dtype)
+    dtype = _wide(state, direction, *(() if target is None else (target,)))
+    channels, key = state.to(dtype).mT, direction.to(dtype)
+    ones = (*key.shape[:-1], state.shape[-1])
+    row = key.new_ones(ones) if target is None else target.to(dtype)
+    scale = None if eps is None else unit_scale(key, eps)
     # s scales the few numbers of a row instead of the d of the direction.
     if erase is not None:
         share = erase if scale is None else erase * scale
@@ -92,13 +96,7 @@ def delta_rewrite(
     eps: float = 1e-5,
 ) -> Tensor:
     """X + β k (vᵀ − kᵀX), k = direction/√(‖direction‖² + ε²) (eq. 2.2); see `ops.delta_rewrite`."""
-    return apply_write(
-        state,
-        direction,
-        unit_scale(direction, eps),
-        gate.unsqueeze(-1) * value,
-        gate if erase else None,
-    )
+    return apply_write(state, direction, gate.unsqueeze(-1) * value, gate if erase else None, eps)
 
 
 @_exact
@@ -127,7 +125,6 @@ def shift_tokens(x: Tensor, steps: int, segments: Tensor | None = None) -> Tenso
     return shifted
 
 
-@_exact
 def compress_tokens(
     state: Tensor, kernel: Tensor, read: Tensor, segments: Tensor | None = None
 ) -> Tensor:
@@ -136,14 +133,73 @@ def compress_tokens(
     state (B, T, d, d_v), kernel c (d, d_v, K) whose last tap is the current token, read w (d_v)
     -> (B, T, d), at least fp32.
     """
-    dtype = _wide(state, kernel)
-    taps = (kernel.to(dtype) * read.to(dtype).unsqueeze(-1)).permute(2, 1, 0).contiguous()
-    channels, last = state.to(dtype).mT, taps.shape[0] - 1
+    return compress(state, fold_taps(kernel, read), segments)
+
+
+def fold_taps(kernel: Tensor, read: Tensor) -> Tensor:
+    """The token compressor's kernel c (d, d_v, K) and read vector w (d_v) as taps (K, d_v, d)."""
+    dtype = _wide(kernel)
+    return (kernel.to(dtype) * read.to(dtype).unsqueeze(-1)).permute(2, 1, 0).contiguous()
+
+
+@_exact
+def compress(state: Tensor, taps: Tensor | None, segments: Tensor | None = None) -> Tensor:
+    """Any compressor: x_ti = Σ_s Σ_j taps_sji X_t−s,ij, causal in t.
+
+    state (B, T, d, d_v), taps (K, d_v, d) whose last one is the current token, or None for d_v = 1
+    -> (B, T, d), at least fp32.
+    """
+    if taps is None:
+        return state.squeeze(-1).to(_wide(state))
+    dtype = _wide(state, taps)
+    taps, channels, last = taps.to(dtype), state.to(dtype).mT, taps.shape[0] - 1
     # Pooling over d_v first leaves only (B, T, d) tensors to shift, d_v times less traffic.
     out = (channels * taps[last]).sum(-2)
-    for step in range(1, min(taps.shape[0], state.shape[1])):
+    for step in range(1, min(taps.shape[0], state.shape[-3])):
         out = out + shift_tokens((channels * taps[last - step]).sum(-2), step, segments)
     return out
+
+
+def read_state(
+    state: Tensor,
+    direction: Tensor | None,
+    target: Tensor | None,
+    erase: Tensor | None,
+    eps: float | None,
+    kernel: Tensor | None,
+    norm_weight: Tensor,
+    norm_eps: float,
+    gate_weight: Tensor | None = None,
+    value_weight: Tensor | None = None,
+    value_on_state: bool = False,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One read of the state, step by step: (X', context, gate logits, value logits).
+
+    Arguments as in `ops.read_state`; the context in at least fp32.
+    """
+    new = apply_write(state, direction, target, erase, eps)
+    x_in = compress(new, kernel, segments)
+    dtype = _wide(x_in, norm_weight)
+    context = rms_norm(x_in, norm_weight.to(dtype), norm_eps)
+    source = x_in if value_on_state else context
+    gates = None if gate_weight is None else linear(context, gate_weight)
+    values = None if value_weight is None else linear(source, value_weight)
+    return new, context, gates, values
+
+
+@_exact
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis, (..., d) -> (..., d), at least fp32."""
+    dtype = _wide(x, weight)
+    return F.rms_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), eps)
+
+
+@_exact
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in at least fp32, under autocast too. x (..., n), weight (m, n) -> (..., m)."""
+    dtype = _wide(x, weight)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @_exact

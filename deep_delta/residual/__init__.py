@@ -2,6 +2,7 @@
 
 from deep_delta.residual.compress import (
     ChannelCompressor,
+    Compressor,
     ScalarRead,
     TokenCompressor,
     fold_channel_kernel,
@@ -22,6 +23,7 @@ from deep_delta.residual.layers import AdditiveResidual, DeltaResidual, Residual
 __all__ = [
     "AdditiveResidual",
     "ChannelCompressor",
+    "Compressor",
     "ConstantValue",
     "DeltaResidual",
     "EmbeddingConv",

@@ -1,14 +1,12 @@
 """Compressors: from the expanded state X (B, T, d, d_v) to the width-d input of a sublayer (§A.3).
 
-All share one call, `compressor(x, window, slot) -> (B, T, d)`, in at least fp32 where anything is
-summed; only the token compressor looks at its `TokenWindow`, and keeps its history in the cache
-slot of the read.
+A compressor is its taps, (K, d_v, d): a fused read takes them together with the pending write.
 """
 
 import torch
 from torch import Tensor, nn
 
-from deep_delta.ops import compress_channels, compress_tokens
+from deep_delta.ops import compress, fold_taps
 from deep_delta.residual.contract import (
     CacheSlot,
     ResidualModule,
@@ -18,16 +16,39 @@ from deep_delta.residual.contract import (
 )
 
 
-class ScalarRead(nn.Module):
-    """d_v = 1: the state is the input. X (B, T, d, 1) -> (B, T, d)."""
+class Compressor(ResidualModule):
+    """What compressors share: X (B, T, d, d_v) -> (B, T, d), at least fp32."""
+
+    def taps(self) -> Tensor | None:
+        """(K, d_v, d), at least fp32, the last tap for the current token; None passes X on."""
+        raise NotImplementedError  # every subclass has its own
+
+    def looks_back(self, window: TokenWindow | None) -> bool:
+        """Whether it must see more than the state: padding as zeros, or tokens from a cache."""
+        return False
+
+    def see(self, x: Tensor, window: TokenWindow | None, slot: CacheSlot) -> Tensor:
+        """X as the compressor sees it, preceded by H cached tokens: (B, H + T, d, d_v)."""
+        return x
 
     def forward(
         self, x: Tensor, window: TokenWindow | None = None, slot: CacheSlot = (0, 0)
     ) -> Tensor:
-        return x.squeeze(-1)
+        segments = None if window is None else window.segments
+        return compress(self.see(x, window, slot), self.taps(), segments)[:, -x.shape[1] :]
 
 
-class ChannelCompressor(ResidualModule):
+class ScalarRead(Compressor):
+    """d_v = 1: the state is the input."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """It has none."""
+
+    def taps(self) -> None:
+        return None
+
+
+class ChannelCompressor(Compressor):
     """CC: x_i = Σ_j c_ij X_ij with a learned c ∈ R^{d×d_v} that starts as the channels' mean.
 
     `std` starts it the published way instead: a "same"-padded kernel over the channels with
@@ -48,13 +69,11 @@ class ChannelCompressor(ResidualModule):
             kernel = normal(self.weight.shape, self.std, generator)
             start_(self.weight, fold_channel_kernel(kernel, average))
 
-    def forward(
-        self, x: Tensor, window: TokenWindow | None = None, slot: CacheSlot = (0, 0)
-    ) -> Tensor:
-        return compress_channels(x, self.weight)
+    def taps(self) -> Tensor:
+        return self.weight.mT.unsqueeze(0).contiguous()
 
 
-class TokenCompressor(ResidualModule):
+class TokenCompressor(Compressor):
     """TC: a causal kernel over tokens per (feature, channel), then a read vector over channels.
 
     Starts as the current token alone, averaged over channels; `std` starts the kernel the
@@ -77,15 +96,16 @@ class TokenCompressor(ResidualModule):
         else:
             start_(self.weight, normal(self.weight.shape, self.std, generator))
 
-    def forward(
-        self, x: Tensor, window: TokenWindow | None = None, slot: CacheSlot = (0, 0)
-    ) -> Tensor:
-        tokens = x.shape[1]
-        segments = None
-        if window is not None:
-            x = window.visible(x, self.weight.shape[-1], slot)
-            segments = window.segments
-        return compress_tokens(x, self.weight, self.read, segments)[:, -tokens:]
+    def taps(self) -> Tensor:
+        return fold_taps(self.weight, self.read)
+
+    def looks_back(self, window: TokenWindow | None) -> bool:
+        return window is not None and (window.mask is not None or window.cache is not None)
+
+    def see(self, x: Tensor, window: TokenWindow | None, slot: CacheSlot) -> Tensor:
+        if window is None or not self.looks_back(window):
+            return x
+        return window.visible(x, self.weight.shape[-1], slot)
 
 
 def current_token(kernel_size: int) -> Tensor:

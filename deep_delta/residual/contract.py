@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deep_delta.ops import apply_write
+from deep_delta.ops import Trail, apply_write
 
 Sublayer = Callable[[Tensor], Tensor]
 CacheSlot = tuple[int, int]
@@ -27,19 +27,28 @@ CacheSlot = tuple[int, int]
 class State(NamedTuple):
     """The residual stream: X and a pending write, X + s·h (aᵀ − b·s·hᵀX).
 
-    A flat tuple, because re-entrant gradient checkpointing does not carry nested ones.
-    None stands for "nothing pending" (direction), s = 1 (scale) and b = 0 (erase).
+    A flat tuple, because re-entrant gradient checkpointing does not carry nested ones. s is
+    1/√(‖h‖² + ε²), or 1 without an ε. None stands for "nothing pending" (direction), a = 1
+    (target) and b = 0 (erase).
     """
 
-    x: Tensor  # X, (B, T, d, d_v)
+    channels: Tensor  # Xᵀ of every token, (B, T, d_v, d): X as it lies in memory, contiguous
     direction: Tensor | None = None  # h, (B, T, d)
-    scale: Tensor | None = None  # s, (B, T), at least fp32
     target: Tensor | None = None  # a, (B, T, d_v)
     erase: Tensor | None = None  # b, (B, T)
+    eps: float | None = None
+    trail: Trail | None = None  # what the backward pass can rebuild X from; holds no gradients
 
-    def settle(self) -> Tensor:
+    @property
+    def x(self) -> Tensor:
+        """X, (B, T, d, d_v), a view."""
+        return self.channels.mT
+
+    def settle(self, backend: str = "auto") -> Tensor:
         """X with the pending write applied, (B, T, d, d_v)."""
-        return apply_write(self.x, self.direction, self.scale, self.target, self.erase)
+        return apply_write(
+            self.x, self.direction, self.target, self.erase, eps=self.eps, backend=backend
+        )
 
 
 @dataclass

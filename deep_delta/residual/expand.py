@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from deep_delta.ops import expand_embeddings
-from deep_delta.residual.compress import current_token
+from deep_delta.ops import expand_embeddings, reduce_state
+from deep_delta.residual.compress import Compressor, current_token
 from deep_delta.residual.contract import CacheSlot, ResidualModule, State, TokenWindow, start_
 
 
@@ -16,8 +16,8 @@ class Repeat(nn.Module):
         self.value_channels, self.dtype = value_channels, dtype
 
     def forward(self, embeddings: Tensor, window: TokenWindow | None = None) -> State:
-        x = embeddings.to(self.dtype or embeddings.dtype).unsqueeze(-1)
-        return State(x.expand(*embeddings.shape, self.value_channels))
+        x = embeddings.to(self.dtype or embeddings.dtype).unsqueeze(-2)
+        return State(x.expand(*x.shape[:-2], self.value_channels, -1))
 
 
 class EmbeddingConv(ResidualModule):
@@ -33,9 +33,10 @@ class EmbeddingConv(ResidualModule):
         kernel_size: int = 4,
         dtype: torch.dtype | None = None,
         slot: CacheSlot = (0, 0),
+        backend: str = "auto",
     ):
         super().__init__()
-        self.dtype, self.slot = dtype, slot
+        self.dtype, self.slot, self.backend = dtype, slot, backend
         self.weight = nn.Parameter(torch.empty(width, value_channels, kernel_size))
         self.reset_parameters()
 
@@ -48,15 +49,26 @@ class EmbeddingConv(ResidualModule):
         if window is not None:
             embeddings = window.visible(embeddings, self.weight.shape[-1], self.slot)
             segments = window.segments
-        return State(expand_embeddings(embeddings, self.weight, segments)[:, -tokens:].to(dtype))
+        x = expand_embeddings(embeddings, self.weight, segments, dtype=dtype, backend=self.backend)
+        return State(x[:, -tokens:].mT)
 
 
 class StateReadout(nn.Module):
     """The last read: settle the pending write and compress. State -> (B, T, d), for the norm."""
 
-    def __init__(self, compressor: nn.Module, slot: CacheSlot = (0, 0)):
+    def __init__(self, compressor: Compressor, slot: CacheSlot = (0, 0), backend: str = "auto"):
         super().__init__()
-        self.compressor, self.slot = compressor, slot
+        self.compressor, self.slot, self.backend = compressor, slot, backend
 
     def forward(self, state: State, window: TokenWindow | None = None) -> Tensor:
-        return self.compressor(state.settle(), window, self.slot)
+        if self.compressor.looks_back(window):
+            return self.compressor(state.settle(self.backend), window, self.slot)
+        return reduce_state(
+            state.x,
+            *state[1:4],
+            eps=state.eps,
+            kernel=self.compressor.taps(),
+            segments=None if window is None else window.segments,
+            trail=state.trail,
+            backend=self.backend,
+        )

@@ -1,23 +1,26 @@
 """What a delta residual generates at every token: the gate β, the target v and the direction k.
 
-Weights are plain parameters, not Linear layers: fused kernels read them, and tools that wrap
-every Linear layer (adapters, int8) leave them alone. All logits are computed in fp32.
+Weights are plain parameters, not Linear layers: the fused read multiplies them with the context
+while it has it in registers, and tools that wrap every Linear layer (adapters, int8) leave them
+alone. All logits are computed in fp32.
+
+A generator whose first step is a product with its source has that step's rows as `logit_weight`
+and goes on from the logits in `from_logits`; without rows it is called with the source itself.
+`reads_source` is False where only the source's shape matters.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from deep_delta.ops import linear
 from deep_delta.residual.contract import ResidualModule, distinct_around, gate_bias, normal, start_
 
 
-def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b in at least fp32, under autocast too. x (..., n), weight (m, n) -> (..., m)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+def logit_weight(generator: nn.Module) -> Tensor | None:
+    """The rows (m, d) that a fused read multiplies for this generator, if it has any."""
+    return getattr(generator, "logit_weight", None)
 
 
 class TokenGate(ResidualModule):
@@ -42,14 +45,24 @@ class TokenGate(ResidualModule):
         start_(self.weight, normal(self.weight.shape, self.std, generator))
         start_(self.bias, torch.tensor(gate_bias(self.start), device="cpu"))
 
+    @property
+    def logit_weight(self) -> Tensor | None:
+        return self.weight if self.hidden is None else None
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        """Logits (B, T) without the bias -> β (B, T)."""
+        return 2 * torch.sigmoid(logits + self.bias)
+
     def forward(self, context: Tensor) -> Tensor:
         if self.hidden is not None:
-            context = torch.tanh(linear_fp32(context, self.hidden))
-        return 2 * torch.sigmoid(linear_fp32(context, self.weight, self.bias)).squeeze(-1)
+            context = torch.tanh(linear(context, self.hidden))
+        return self.from_logits(linear(context, self.weight).squeeze(-1))
 
 
 class LayerGate(ResidualModule):
     """β = 2σ(b): one learned number for all tokens. context (B, T, d) -> β (B, T), fp32."""
+
+    reads_source = False
 
     def __init__(self, start: float = 1.0):
         super().__init__()
@@ -67,6 +80,8 @@ class LayerGate(ResidualModule):
 
 class FixedGate(nn.Module):
     """β = β₀ everywhere, nothing learned. context (B, T, d) -> β (B, T), fp32."""
+
+    reads_source = False
 
     def __init__(self, start: float = 1.0):
         super().__init__()
@@ -102,9 +117,17 @@ class LinearValue(ResidualModule):
         if self.bias is not None:
             start_(self.bias, torch.tensor(0.0, device="cpu"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        value = linear_fp32(x, self.weight, self.bias)
+    @property
+    def logit_weight(self) -> Tensor:
+        return self.weight
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        """Logits (B, T, d_v) without the bias -> v (B, T, d_v)."""
+        value = logits if self.bias is None else logits + self.bias
         return value if self.scale is None else self.scale * torch.sigmoid(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.from_logits(linear(x, self.weight))
 
 
 class ConstantValue(ResidualModule):
@@ -112,6 +135,8 @@ class ConstantValue(ResidualModule):
 
     x (B, T, d) -> v (B, T, d_v).
     """
+
+    reads_source = False
 
     def __init__(self, value_channels: int, start: float = 2.0):
         super().__init__()
@@ -153,4 +178,4 @@ class StateDirection(ResidualModule):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         pooled = x.mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        return linear_fp32(torch.tanh(linear_fp32(pooled, self.inner)), self.outer)
+        return linear(torch.tanh(linear(pooled, self.inner)), self.outer)

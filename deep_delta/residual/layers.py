@@ -3,14 +3,13 @@
 Both obey the contract `state = residual(state, sublayer)` for any callable (B, T, d) -> (B, T, d).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from deep_delta.ops import unit_scale
-from deep_delta.residual.compress import ChannelCompressor, ScalarRead
+from deep_delta.ops import Reading, read_state, reduce_state, rms_norm
+from deep_delta.residual.compress import ChannelCompressor, Compressor, ScalarRead
 from deep_delta.residual.contract import (
     CacheSlot,
     ResidualModule,
@@ -20,7 +19,12 @@ from deep_delta.residual.contract import (
     distinct_around,
     start_,
 )
-from deep_delta.residual.generators import LinearValue, SublayerDirection, TokenGate
+from deep_delta.residual.generators import (
+    LinearValue,
+    SublayerDirection,
+    TokenGate,
+    logit_weight,
+)
 
 ValueSource = Literal["context", "state", "output"]
 
@@ -29,11 +33,7 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm in at least fp32, whatever comes in; what goes out has the weight's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight.to(dtype)
-        return F.rms_norm(x.to(dtype), self.normalized_shape, weight, self.eps).to(
-            self.weight.dtype
-        )
+        return rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
 
 
 class Residual(ResidualModule):
@@ -48,19 +48,23 @@ class Residual(ResidualModule):
         owns_compressor: False borrows the compressor of another residual of the same block: it
             is used here, but stays a parameter of the other, so that a checkpoint holds it once.
         slot: (layer, index) of the cache entry in which the token compressor keeps its history.
+        backend: "auto", "reference" or "triton": see `ops`.
+        rebuild: how many states between two kept ones the backward pass rebuilds ("triton").
     """
 
-    compressor: nn.Module
+    compressor: Compressor
 
     def __init__(
         self,
         width: int,
         value_channels: int = 1,
         *,
-        compressor: nn.Module | None = None,
+        compressor: Compressor | None = None,
         norm_eps: float = 1e-5,
         owns_compressor: bool = True,
         slot: CacheSlot = (0, 0),
+        backend: str = "auto",
+        rebuild: int = 0,
     ):
         super().__init__()
         if compressor is None:
@@ -72,13 +76,56 @@ class Residual(ResidualModule):
         else:  # past nn.Module's own __setattr__, which would register it a second time
             object.__setattr__(self, "compressor", compressor)
         self.norm = RMSNorm(width, eps=norm_eps)
-        self.slot = slot
+        self.slot, self.backend, self.rebuild = slot, backend, rebuild
 
-    def read(self, state: State, window: TokenWindow | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The settled X (B, T, d, d_v), x_in (B, T, d) and the context c = RMSNorm(x_in)."""
-        x = state.settle()
-        x_in = self.compressor(x, window, self.slot)
-        return x, x_in, self.norm(x_in)
+    def read(
+        self,
+        state: State,
+        window: TokenWindow | None,
+        *,
+        gate_weight: Tensor | None = None,
+        value_weight: Tensor | None = None,
+        value_on_state: bool = False,
+        exact: bool = False,
+    ) -> tuple[Reading, Tensor]:
+        """The settled state, the context and the logits; and X as the compressor saw it.
+
+        Under autocast the context has autocast's dtype, which the sublayer's matrices would give
+        it anyway; with `exact` it keeps the norm's.
+        """
+        device = state.x.device.type
+        rounded = torch.is_autocast_enabled(device) and not exact
+        options: dict[str, Any] = {
+            "kernel": self.compressor.taps(),
+            "norm_weight": self.norm.weight,
+            "norm_eps": self.norm.eps,
+            "gate_weight": gate_weight,
+            "value_weight": value_weight,
+            "value_on_state": value_on_state,
+            "segments": None if window is None else window.segments,
+            "context_dtype": torch.get_autocast_dtype(device) if rounded else None,
+            "backend": self.backend,
+        }
+        if not self.compressor.looks_back(window):
+            reading = read_state(
+                state.x,
+                *state[1:4],
+                eps=state.eps,
+                trail=state.trail,
+                rebuild=self.rebuild,
+                **options,
+            )
+            return reading, reading.state
+        x = state.settle(self.backend)
+        seen = self.compressor.see(x, window, self.slot)
+        read, own = read_state(seen, **options), slice(-x.shape[1], None)
+        return Reading(
+            x,
+            read.context[:, own],
+            None if read.gate_logits is None else read.gate_logits[:, own],
+            None if read.value_logits is None else read.value_logits[:, own],
+            None,
+        ), seen
 
 
 class AdditiveResidual(Residual):
@@ -98,11 +145,11 @@ class AdditiveResidual(Residual):
             start_(self.spread, distinct_around(1.0, self.spread.numel(), generator))
 
     def forward(self, state: State, sublayer: Sublayer, window: TokenWindow | None = None) -> State:
-        x, _, context = self.read(state, window)
-        output = sublayer(context)
-        target = output.new_ones(1) if self.spread is None else self.spread
-        # Expanded also because re-entrant checkpointing breaks on a parameter as an output.
-        return State(x, output, None, target.expand(*output.shape[:-1], -1))
+        read, _ = self.read(state, window)
+        output = sublayer(read.context)
+        # Expanded because re-entrant checkpointing breaks on a parameter as an output.
+        target = None if self.spread is None else self.spread.expand(*output.shape[:-1], -1)
+        return State(read.state.mT, output, target, trail=read.trail)
 
 
 class DeltaResidual(Residual):
@@ -138,7 +185,7 @@ class DeltaResidual(Residual):
     ):
         super().__init__(width, value_channels, **read)
         self.gate = gate or TokenGate(width)
-        self.value = value or LinearValue(width, value_channels)
+        self.value: Any = value or LinearValue(width, value_channels)
         self.direction = direction or SublayerDirection()
         self.erase_gate = erase_gate
         self.value_source, self.erase, self.direction_eps = value_source, erase, direction_eps
@@ -147,17 +194,48 @@ class DeltaResidual(Residual):
         """Nothing of its own: gate, value, direction and compressor know their starts."""
 
     def forward(self, state: State, sublayer: Sublayer, window: TokenWindow | None = None) -> State:
-        x, x_in, context = self.read(state, window)
-        output = sublayer(context)
-        direction = self.direction(x, output)
-        sources = {"context": context, "state": x_in, "output": output}
-        value = self.value(sources[self.value_source])
-        write_gate = self.gate(context)
-        erase_gate = write_gate if self.erase_gate is None else self.erase_gate(context)
-        return State(
-            x,
-            direction,
-            unit_scale(direction, self.direction_eps),
-            write_gate.unsqueeze(-1) * value,
-            erase_gate if self.erase else None,
+        gates: list[Any] = [self.gate] if self.erase_gate is None else [self.gate, self.erase_gate]
+        rows = [gate.logit_weight for gate in gates if logit_weight(gate) is not None]
+        value_rows = None if self.value_source == "output" else logit_weight(self.value)
+        read, seen = self.read(
+            state,
+            window,
+            gate_weight=torch.cat(rows) if rows else None,
+            value_weight=value_rows,
+            value_on_state=self.value_source == "state",
+            exact=any(
+                logit_weight(generator) is None and getattr(generator, "reads_source", True)
+                for generator in (*gates, self.value)
+            ),
         )
+        output = sublayer(read.context)
+        logits = iter(() if read.gate_logits is None else read.gate_logits.unbind(-1))
+        strengths = [
+            gate(read.context) if logit_weight(gate) is None else gate.from_logits(next(logits))
+            for gate in gates
+        ]
+        if value_rows is not None:
+            value = self.value.from_logits(read.value_logits)
+        else:
+            value = self.value(self._value_source(read, seen, output, window))
+        return State(
+            read.state.mT,
+            self.direction(read.state, output),
+            strengths[0].unsqueeze(-1) * value,
+            strengths[-1] if self.erase else None,
+            self.direction_eps,
+            read.trail,
+        )
+
+    def _value_source(
+        self, read: Reading, seen: Tensor, output: Tensor, window: TokenWindow | None
+    ) -> Tensor:
+        if self.value_source == "output":
+            return output
+        if self.value_source == "context":
+            return read.context
+        segments = None if window is None else window.segments
+        x_in = reduce_state(
+            seen, kernel=self.compressor.taps(), segments=segments, backend=self.backend
+        )
+        return x_in[:, -output.shape[1] :]

@@ -50,6 +50,7 @@ def test_json_round_trip(case, tmp_path):
             ["direction_source", "value_source"],
         ),
         ({"backend": "fastest"}, ["fastest", "auto"]),
+        ({"rebuild": -1}, ["rebuild", "0 or more"]),
         ({"value_chanels": 4}, ["value_chanels", "did you mean", "value_channels"]),
         ({"embeding_conv": True}, ["embeding_conv", "embedding_conv"]),
         ({"nonsense": 1}, ["nonsense"]),

@@ -102,14 +102,14 @@ def test_residual_starts_neutral(variant):
 def test_context_has_unit_length_in_every_block(case):
     """RMS between 0.9 and 1.1, also 24 layers deep: compressors and ε must not shrink it."""
     model, rms = tiny_model(case, num_hidden_layers=24, hidden_size=48), []
-    residuals = of_type(model, Residual)
-    for residual in residuals:
-        residual.norm.register_forward_hook(
-            lambda _, args, context: rms.append(context.square().mean().sqrt().item())
-        )
+    for layer in model.model.layers:
+        for sublayer in (layer.self_attn, layer.mlp):
+            sublayer.register_forward_pre_hook(
+                lambda _, args: rms.append(args[0].square().mean().sqrt().item())
+            )
     with torch.no_grad():
         model(token_ids(2, 16))
-    assert len(rms) == len(residuals) == 48
+    assert len(rms) == len(of_type(model, Residual)) == 48
     assert 0.9 < min(rms) <= max(rms) < 1.1
 
 

@@ -150,17 +150,19 @@ def test_bf16_autocast_is_close_to_fp32(variant):
 def test_state_dtype_is_the_dtype_of_the_stream(variant):
     """And of nothing else: what is read from it is normalised in fp32, the last read too."""
     model, ids = tiny_model(variant, state_dtype="bfloat16"), token_ids(2, 8)
-    streams, norms = [], []
+    streams, contexts, norms = [], [], []
     for layer in model.model.layers:
-        layer.mlp_residual.register_forward_pre_hook(lambda _, args: streams.append(args[0].x))
-    for norm in (*(layer.mlp_residual.norm for layer in model.model.layers), model.model.norm):
-        norm.register_forward_hook(lambda _, args, out: norms.append((args[0].double(), out)))
+        layer.mlp_residual.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+        layer.mlp.register_forward_pre_hook(lambda _, args: contexts.append(args[0]))
+    model.model.norm.register_forward_hook(lambda _, args, out: norms.append((args[0], out)))
     logits = model(ids).logits
-    assert [x.dtype for x in streams] == [torch.bfloat16] * 2
-    assert len(norms) == 3
-    for x, out in norms:
+    assert [state.x.dtype for state in streams] == [torch.bfloat16] * 2
+    reads = zip(model.model.layers, streams, strict=True)
+    inputs = [layer.mlp_residual.compressor(state.settle()) for layer, state in reads]
+    assert len(norms) == 1
+    for x, out in (*zip(inputs, contexts, strict=True), *norms):
         assert out.dtype == torch.float32
-        exact = F.rms_norm(x, (32,), eps=model.config.rms_norm_eps)
+        exact = F.rms_norm(x.double(), (32,), eps=model.config.rms_norm_eps)
         close(out.double(), exact, atol=2e-6)  # bf16 would be off by up to 1e-2
     expected = tiny_model(variant, state_dtype="float32")(ids).logits
     assert not torch.equal(logits, expected)

@@ -46,7 +46,7 @@ class Stack(nn.Module):
         states = [self.expand(embeddings)]
         for residual, sublayer in zip(self.residuals, self.sublayers, strict=True):
             new = residual(states[-1], sublayer)
-            states.append(State(new.settle()) if settle else new)
+            states.append(State(new.settle().mT) if settle else new)
         return states
 
     def forward(self, embeddings: Tensor, settle: bool = False) -> Tensor:
@@ -101,14 +101,27 @@ def test_deferred_writes_equal_immediate_ones(case):
 
 
 @every_case
-def test_state_is_a_flat_tuple_of_tensors(case):
-    for state in stack(case).states(embeddings()):
+def test_state_is_a_flat_tuple_of_tensors_and_an_epsilon(case):
+    states, config = stack(case).states(embeddings()), tiny_config(case)
+    epsilon = None if config.residual == "additive" else config.direction_eps
+    for state, eps in zip(states, [None, epsilon, epsilon], strict=True):
         assert isinstance(state, tuple)
-        assert all(field is None or isinstance(field, Tensor) for field in state)
-        assert state.x.shape == (*embeddings().shape, tiny_config(case).value_channels)
-        for name, rank in [("direction", 3), ("scale", 2), ("target", 3), ("erase", 2)]:
+        assert state.x.shape == (*embeddings().shape, config.value_channels)
+        for name, rank in [("direction", 3), ("target", 3), ("erase", 2)]:
             field = getattr(state, name)
-            assert field is None or field.ndim == rank
+            assert field is None or (isinstance(field, Tensor) and field.ndim == rank)
+        assert state.eps == eps
+        assert state.trail is None  # autograd keeps the reference's states
+    assert all(state.direction is not None for state in states[1:])
+
+
+@every_case
+def test_nothing_that_a_residual_learns_is_a_linear_or_convolution_layer(case):
+    """Adapters and int8 wrap those by their type: gates, values and compressors stay exact."""
+    model = stack(case)
+    wrapped = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+    for module in (model.expand, *model.residuals, model.readout):
+        assert [type(part) for part in module.modules() if isinstance(part, wrapped)] == []
 
 
 def written(stack: Stack, index: int, state: State) -> Tensor:
@@ -225,7 +238,7 @@ def test_works_alone_around_anybodys_sublayer(kind, channels):
     residual, linear, calls = kind(WIDTH, channels), nn.Linear(WIDTH, WIDTH), []
     linear.register_forward_hook(lambda *_: calls.append("sublayer"))
     residual.register_forward_hook(lambda *_: calls.append("residual"))
-    state = State(normal(2, 3, WIDTH, channels, dtype=torch.float32))
+    state = State(normal(2, 3, channels, WIDTH, dtype=torch.float32))
     for _ in range(2):
         state = residual(state, linear)
     assert calls == ["sublayer", "residual"] * 2
@@ -240,11 +253,11 @@ def test_residuals_that_defer_differently_can_be_mixed():
     torch.manual_seed(0)
     mixed = [AdditiveResidual(WIDTH, 3), DeltaResidual(WIDTH, 3), AdditiveResidual(WIDTH, 3)]
     mixed += [DeltaResidual(WIDTH, 3, erase=False), DeltaResidual(WIDTH, 3)]
-    deferred = immediate = State(normal(1, 2, WIDTH, 3))
+    deferred = immediate = State(normal(1, 2, 3, WIDTH))
     for residual in mixed:
         residual.double()
         deferred = residual(deferred, torch.tanh)
-        immediate = State(residual(immediate, torch.tanh).settle())
+        immediate = State(residual(immediate, torch.tanh).settle().mT)
     close(deferred.settle(), immediate.x, atol=TIGHT)
 
 
@@ -257,6 +270,6 @@ def test_several_channels_are_compressed_by_default_and_one_is_read_as_it_is():
 def test_state_dtype_is_kept_and_gates_stay_fp32():
     torch.manual_seed(0)
     residual = DeltaResidual(WIDTH, 2)
-    state = residual(State(normal(1, 3, WIDTH, 2, dtype=torch.bfloat16)), torch.tanh)
+    state = residual(State(normal(1, 3, 2, WIDTH, dtype=torch.bfloat16)), torch.tanh)
     assert state.x.dtype == state.settle().dtype == torch.bfloat16
-    assert state.scale.dtype == state.erase.dtype == state.target.dtype == torch.float32
+    assert state.erase.dtype == state.target.dtype == torch.float32

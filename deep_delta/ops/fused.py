@@ -1,0 +1,440 @@
+"""The fused kernels as PyTorch operators: registered, differentiable, opaque to torch.compile.
+
+Everything here sees flat tokens: X (N, d, d_v), h (N, d), a (N, d_v), b (N). `dispatch` has the
+functions that users call.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deep_delta.ops.kernels import backward, forward
+from deep_delta.ops.launch import (
+    channel_major,
+    document_starts,
+    partial_sums,
+    plan,
+    shape_of,
+    share_of,
+    strides_of,
+)
+
+Grads = tuple[Tensor | None, ...]
+
+
+@torch.library.custom_op("deep_delta::read_state", mutates_args=())
+def read_state(
+    x: Tensor,
+    h: Tensor | None,
+    target: Tensor | None,
+    erase: Tensor | None,
+    direction_eps: float | None,
+    taps: Tensor | None,
+    norm: Tensor | None,
+    norm_eps: float,
+    gate: Tensor | None,
+    value: Tensor | None,
+    value_on_state: bool,
+    starts: Tensor | None,
+    length: int,
+    store: bool,
+    keep: bool,
+    context_dtype: torch.dtype | None,
+    trail_x: Tensor | None,
+    trail_h: Sequence[Tensor],
+    trail_row: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Settle, compress, normalise: (X', r, stats, x_in, context, gate logits, value logits).
+
+    Outputs that are not asked for are empty: X' without `store`, what only a backward pass needs
+    (stats, and x_in for K > 1) without `keep`, the context without `context_dtype`. From the trail
+    the backward pass rebuilds X; None keeps X.
+    """
+    out = _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype)
+    x_new, row, stats, x_in, context, gates, values = out
+    tokens, taps_count = x.shape[0], 0 if taps is None else taps.shape[0]
+    per_processor, options = plan("forward", *x.shape[1:])
+    walk = per_processor > 0
+    shape = shape_of(x, taps, gate, value, whole=not walk)  # alone, a token gains by longer loads
+    chunk = share_of(tokens, x.device, per_processor, least=4 * taps_count) if walk else 1
+    forward.forward[(-(-tokens // chunk),)](
+        x,
+        *strides_of(x),
+        h,
+        target,
+        erase,
+        starts,
+        taps,
+        norm,
+        gate,
+        value,
+        x_new if store else None,
+        row,
+        stats if keep else None,
+        x_in if x_in.numel() else None,
+        context if context_dtype else None,
+        gates,
+        values,
+        tokens,
+        length,
+        chunk,
+        direction_eps,
+        norm_eps,
+        WALK=walk,
+        VALUE_ON_STATE=value_on_state,
+        **options,
+        **shape,
+    )
+    return out
+
+
+def _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype):
+    tokens, width, channels = x.shape
+    fp32 = {"dtype": torch.float32}
+    keep_x_in = keep and norm is not None and taps is not None and taps.shape[0] > 1
+    return (
+        channel_major(x) if store else x.new_empty(0),
+        x.new_empty((tokens, channels) if h is not None else (0,), **fp32),
+        x.new_zeros((tokens, 2 * channels + 2) if keep else (0,), **fp32),
+        x.new_empty((tokens, width) if keep_x_in else (0,)),
+        x.new_empty((tokens, width) if context_dtype else (0,), dtype=context_dtype or x.dtype),
+        x.new_empty(tokens, gate.shape[0] if gate is not None else 0, **fp32),
+        x.new_empty(tokens, value.shape[0] if value is not None else 0, **fp32),
+    )
+
+
+@read_state.register_fake
+def _(x, h, target, erase, direction_eps, taps, norm, norm_eps, gate, value, value_on_state,
+      starts, length, store, keep, context_dtype, trail_x, trail_h, trail_row):  # fmt: skip
+    return _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype)
+
+
+@torch.library.custom_op("deep_delta::read_state_backward", mutates_args=())
+def read_state_backward(
+    x: Tensor,
+    trail_h: Sequence[Tensor],
+    trail_row: Sequence[Tensor],
+    h: Tensor | None,
+    row: Tensor | None,
+    stats: Tensor | None,
+    x_in: Tensor | None,
+    target: Tensor | None,
+    erase: Tensor | None,
+    unit: bool,
+    taps: Tensor | None,
+    norm: Tensor | None,
+    gate: Tensor | None,
+    value: Tensor | None,
+    value_on_state: bool,
+    starts: Tensor | None,
+    length: int,
+    dx_new: Tensor | None,
+    d_context: Tensor | None,
+    d_gates: Tensor | None,
+    d_values: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of X, h, a, b, and of all weights stacked: taps, norm, gate and value rows."""
+    dx, dh, d_target, d_erase, _ = out = _empty_gradients(
+        x, h, target, erase, taps, norm, gate, value
+    )
+    shape = shape_of(x, taps, gate, value)
+    tokens, after = x.shape[0], []
+    if norm is not None and shape["K"] > 1:  # needs dx_in of later tokens, so that is made first
+        d_context, d_norm = _norm_backward(
+            x_in, stats, norm, gate, value, value_on_state, d_context, d_gates, d_values, shape
+        )
+        after = [d_norm]
+        norm = gate = value = None
+        shape |= {"GATES": 0, "VALUES": 0}
+    norm_rows = 0 if norm is None else 1 + shape["GATES"] + shape["VALUES"]
+    per_processor, options = plan("backward", *x.shape[1:])
+    chunk = share_of(tokens, x.device, per_processor)
+    partial = partial_sums(-(-tokens // chunk), shape["K"] * shape["DV"] + norm_rows, x)
+    backward.backward[(partial.shape[0],)](
+        x,
+        *strides_of(x),
+        tuple(trail_h),
+        tuple(trail_row),
+        h,
+        row,
+        stats,
+        target,
+        erase,
+        starts,
+        taps,
+        norm,
+        gate,
+        value,
+        dx_new,
+        *((0, 0, 0) if dx_new is None else strides_of(dx_new)),
+        d_context,
+        d_gates,
+        d_values,
+        dx,
+        dh,
+        d_target,
+        d_erase,
+        partial,
+        tokens,
+        length,
+        chunk,
+        UNIT=unit,
+        VALUE_ON_STATE=value_on_state,
+        **shape,
+        **options,
+    )
+    sums = torch.cat([partial.sum(0), *after]) if after else partial.sum(0)
+    return (*out[:-1], sums)
+
+
+def _norm_backward(
+    x_in, stats, norm, gate, value, value_on_state, d_context, d_gates, d_values, shape
+):
+    """dx_in (N, d) and the gradients of norm, gate and value rows."""
+    tokens = x_in.shape[0]
+    per_processor, options = plan("norm", shape["D"], 1)
+    chunk = share_of(tokens, x_in.device, per_processor)
+    dx_in = torch.empty_like(d_context)
+    partial = partial_sums(-(-tokens // chunk), 1 + shape["GATES"] + shape["VALUES"], x_in)
+    backward.norm_backward[(partial.shape[0],)](
+        x_in,
+        stats,
+        norm,
+        gate,
+        value,
+        d_context,
+        d_gates,
+        d_values,
+        dx_in,
+        partial,
+        tokens,
+        chunk,
+        STATS=2 * shape["DV"] + 2,
+        RSTD=shape["DV"] + 1,
+        VALUE_ON_STATE=value_on_state,
+        **{key: shape[key] for key in ("D", "GATES", "VALUES", "PIECES", "BLOCK")},
+        **options,
+    )
+    return dx_in, partial.sum(0)
+
+
+def _empty_gradients(x, h, target, erase, taps, norm, gate, value):
+    shape = shape_of(x, taps, gate, value)
+    rows = shape["K"] * shape["DV"]
+    rows += 0 if norm is None else 1 + shape["GATES"] + shape["VALUES"]
+    none = x.new_empty(0)
+    return (
+        channel_major(x),
+        none if h is None else torch.empty_like(h),
+        none.clone() if target is None else torch.empty_like(target),
+        none.clone() if erase is None else torch.empty_like(erase),
+        x.new_empty(rows, x.shape[1], dtype=torch.float32),
+    )
+
+
+@read_state_backward.register_fake
+def _(x, trail_h, trail_row, h, row, stats, x_in, target, erase, unit, taps, norm, gate, value,
+      value_on_state, starts, length, dx_new, d_context, d_gates, d_values):  # fmt: skip
+    return _empty_gradients(x, h, target, erase, taps, norm, gate, value)
+
+
+def _is_plain(x, h, target, erase, direction_eps) -> bool:
+    """x + h: its backward needs X' and nothing else, and h and X share one gradient."""
+    others = target is None and erase is None and direction_eps is None
+    return h is not None and others and x.shape[-1] == 1
+
+
+def _keep(ctx, inputs, output) -> None:
+    (x, h, target, erase, eps, taps, norm, _, gate, value, ctx.value_on_state, starts, ctx.length,
+     store, _, context_dtype, trail_x, trail_h, trail_row) = inputs  # fmt: skip
+    x_new, row, stats, x_in = output[:4]
+    ctx.plain, ctx.unit, ctx.stored = None, eps is not None, store
+    if _is_plain(x, h, target, erase, eps) and store:
+        ctx.plain, x, h, row, trail_h, trail_row = h.dtype, x_new, None, None, (), ()
+    elif trail_x is not None:
+        x = trail_x
+    x_in = x_in if x_in.numel() else None
+    ctx.reads, ctx.trail = context_dtype, len(trail_h)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x, h, row, stats, x_in, target, erase, taps, norm, gate, value, starts, *trail_h,
+        *trail_row,
+    )  # fmt: skip
+
+
+def _differentiate(ctx, dx_new, _row, _stats, _x_in, d_context, d_gates, d_values) -> Grads:
+    x, h, row, stats, x_in, target, erase, taps, norm, gate, value, starts, *trail = (
+        ctx.saved_tensors
+    )
+    if not stats.numel():
+        raise RuntimeError("read_state kept nothing for a backward pass: give it keep=True")
+    tokens = x.shape[0]
+    if ctx.reads is not None and d_context is None:
+        d_context = x.new_zeros(tokens, x.shape[1], dtype=ctx.reads)
+    if gate is not None and d_gates is None:
+        d_gates = x.new_zeros(tokens, gate.shape[0], dtype=torch.float32)
+    if value is not None and d_values is None:
+        d_values = x.new_zeros(tokens, value.shape[0], dtype=torch.float32)
+    dx, dh, d_target, d_erase, sums = read_state_backward(
+        x,
+        trail[: ctx.trail],
+        trail[ctx.trail :],
+        h,
+        row if h is not None else None,
+        stats,
+        x_in,
+        target,
+        erase,
+        ctx.unit,
+        taps,
+        norm,
+        gate,
+        value,
+        ctx.value_on_state,
+        starts,
+        ctx.length,
+        dx_new if ctx.stored else None,
+        *(None if g is None else g.contiguous() for g in (d_context, d_gates, d_values)),
+    )
+    if ctx.plain is not None:
+        dh = dx.squeeze(-1).to(ctx.plain)
+    elif h is None:
+        dh = None
+    d_taps = d_norm = d_gate = d_value = None
+    at = 0
+    if taps is not None:
+        at = taps.shape[0] * taps.shape[1]
+        d_taps = sums[:at].view_as(taps)
+    if norm is not None:
+        d_norm, at = sums[at], at + 1
+    if gate is not None:
+        d_gate, at = sums[at : at + gate.shape[0]], at + gate.shape[0]
+    if value is not None:
+        d_value = sums[at:]
+    return (
+        dx,
+        dh,
+        None if target is None else d_target,
+        None if erase is None else d_erase,
+        None,
+        _as(d_taps, taps),
+        _as(d_norm, norm),
+        None,
+        _as(d_gate, gate),
+        _as(d_value, value),
+        *[None] * 7,
+        [None] * ctx.trail,
+        [None] * ctx.trail,
+    )
+
+
+def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+
+
+read_state.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _training() -> bool:
+    """Whether a backward pass may come, which needs what is kept for it."""
+    return torch.is_grad_enabled()
+
+
+def _flat(state, direction, target, erase):
+    """The write and its state over flat tokens, contiguous where the kernels want it."""
+    tokens = state.shape[:-2].numel()
+    return (
+        state.reshape(tokens, *state.shape[-2:]),
+        None if direction is None else direction.reshape(tokens, -1).contiguous(),
+        None if target is None else target.reshape(tokens, -1).contiguous(),
+        None if erase is None else erase.reshape(tokens).contiguous(),
+    )
+
+
+def _trail_arguments(trail) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    if trail is None:
+        return None, [], []
+    flat = trail.state.reshape(-1, *trail.state.shape[-2:])
+    directions = [h.reshape(flat.shape[0], -1).contiguous() for h in trail.directions]
+    return flat, directions, list(trail.rows)
+
+
+def apply_write(state, direction, target, erase, eps) -> Tensor:
+    """See `dispatch.apply_write`."""
+    flat = _flat(state, direction, target, erase)
+    out = read_state(
+        *flat,
+        eps,
+        None,
+        None,
+        0.0,
+        None,
+        None,
+        False,
+        None,
+        1,
+        True,
+        _training(),
+        None,
+        None,
+        [],
+        [],
+    )
+    return out[0].view(state.shape)
+
+
+def read(
+    state, direction, target, erase, eps, taps, norm, norm_eps, gate, value, value_on_state,
+    segments, context_dtype, trail,
+):  # fmt: skip
+    """See `dispatch.read_state`; also gives r, None where nothing can be rebuilt from it."""
+    pending, training = direction is not None, _training()
+    # While training a state without a write is copied too: its two gradients, through this read
+    # and through the next, would cost more to add afterwards.
+    x_new, row, _, _, context, gates, values = read_state(
+        *_flat(state, direction, target, erase),
+        eps,
+        taps,
+        norm,
+        norm_eps,
+        gate,
+        value,
+        value_on_state,
+        document_starts(segments),
+        state.shape[-3],
+        pending or training,
+        training,
+        context_dtype,
+        *_trail_arguments(trail),
+    )
+    lead = state.shape[:-2]
+    plain = _is_plain(state, direction, target, erase, eps)
+    return (
+        x_new.view(state.shape) if pending or training else state,
+        context.view(*lead, -1),
+        None if gate is None else gates.view(*lead, -1),
+        None if value is None else values.view(*lead, -1),
+        row if pending and not plain else None,
+    )
+
+
+def reduce(state, direction, target, erase, eps, taps, segments, trail) -> Tensor:
+    """See `dispatch.reduce_state`."""
+    out = read_state(
+        *_flat(state, direction, target, erase),
+        eps,
+        taps,
+        None,
+        0.0,
+        None,
+        None,
+        False,
+        document_starts(segments),
+        state.shape[-3],
+        False,
+        _training(),
+        torch.float32,
+        *_trail_arguments(trail),
+    )
+    return out[4].view(state.shape[:-1])

@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only where they run, so that triton stays optional."""

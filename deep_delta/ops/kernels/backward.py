@@ -1,0 +1,445 @@
+"""Backward of `forward`: one pass over the state, two for a compressor that looks at K > 1 tokens.
+
+`../README.md` derives it; names and habits are those of `forward`. Each program keeps the sums of
+its own tokens for the weights' gradients: added up afterwards in one order, they are the same
+in every run.
+"""
+
+import triton
+import triton.language as tl
+
+from deep_delta.ops.kernels.forward import compress, fetch_state
+from deep_delta.ops.kernels.tiles import (
+    RUNTIME,
+    accumulate,
+    add_outer,
+    is_start,
+    load_row,
+    load_state,
+    load_vector,
+    load_weight,
+    store_vector,
+    sum_many,
+    widen,
+    zero_vectors,
+)
+
+
+@triton.jit
+def fetch_gradient(
+    d_context,
+    d_gates,
+    d_values,
+    token,
+    D: tl.constexpr,
+    GATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradients of the context and of the logits at one token."""
+    d_contexts = ()
+    for p in tl.static_range(PIECES):
+        d_contexts = d_contexts + (load_vector(d_context, token, p, D, BLOCK),)
+    d_logits = ()
+    if GATES > 0:
+        d_logits = load_row(d_gates + token * GATES, GATES)
+    if VALUES > 0:
+        d_logits = d_logits + load_row(d_values + token * VALUES, VALUES)
+    return d_contexts, d_logits
+
+
+@triton.jit
+def through_logits(
+    dc,
+    d_logits,
+    gate,
+    value,
+    p: tl.constexpr,
+    D: tl.constexpr,
+    GATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    VALUE_ON_STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Piece p of the context's whole gradient, and of what reaches x_in past the norm."""
+    direct = tl.zeros_like(dc)
+    for q in tl.static_range(GATES):
+        dc += d_logits[q] * load_weight(gate, q, p, D, BLOCK)
+    for j in tl.static_range(VALUES):
+        through = d_logits[GATES + j] * load_weight(value, j, p, D, BLOCK)
+        if VALUE_ON_STATE:
+            direct += through
+        else:
+            dc += through
+    return dc, direct
+
+
+@triton.jit
+def weight_terms(x_in, dc, d_logits, g, rstd, GATES: tl.constexpr, VALUE_ON_STATE: tl.constexpr):
+    """Piece of the gradients of norm, gate and value weights at one token."""
+    terms = (dc * x_in * rstd,)
+    for q in tl.static_range(len(d_logits)):
+        source = x_in if (VALUE_ON_STATE and q >= GATES) else x_in * rstd * g
+        terms = terms + (d_logits[q] * source,)
+    return terms
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def norm_backward(
+    x_in,
+    stats,
+    norm,
+    gate,
+    value,
+    d_context,
+    d_gates,
+    d_values,
+    dx_in_out,
+    partial,
+    tokens,
+    chunk,
+    D: tl.constexpr,
+    STATS: tl.constexpr,
+    RSTD: tl.constexpr,
+    GATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    VALUE_ON_STATE: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """First of two passes for K > 1: dx_in, of which `backward` needs later tokens' too."""
+    rows: tl.constexpr = 1 + GATES + VALUES
+    program = tl.program_id(0).to(tl.int64)
+    first = program * chunk
+    end = tl.minimum(first + chunk, tokens)
+    weights = ()
+    for _ in tl.static_range(PIECES):
+        weights = weights + (zero_vectors(rows, BLOCK),)
+    for token in range(first, end):
+        d_contexts, d_logits = fetch_gradient(
+            d_context, d_gates, d_values, token, D, GATES, VALUES, PIECES, BLOCK
+        )
+        rstd = tl.load(stats + token * STATS + RSTD)
+        held = ()
+        added = ()
+        products = ()
+        for p in tl.static_range(PIECES):
+            source = load_vector(x_in, token, p, D, BLOCK).to(tl.float32)
+            dc, direct = through_logits(
+                d_contexts[p].to(tl.float32), d_logits, gate, value, p, D, GATES, VALUES,
+                VALUE_ON_STATE, BLOCK,
+            )  # fmt: skip
+            g = load_weight(norm, 0, p, D, BLOCK)
+            terms = (dc * g * source,)
+            products = terms if p == 0 else accumulate(products, terms)
+            held = held + ((source, dc * g * rstd + direct),)
+            shares = weight_terms(source, dc, d_logits, g, rstd, GATES, VALUE_ON_STATE)
+            added = added + (accumulate(weights[p], shares),)
+        weights = added
+        pull = rstd * rstd * rstd * (sum_many(products)[0] / D)
+        for p in tl.static_range(PIECES):
+            source, base = held[p]
+            store_vector(dx_in_out, token, base - source * pull, True, p, D, BLOCK)
+    for p in tl.static_range(PIECES):
+        for q in tl.static_range(rows):
+            store_vector(partial, program * rows + q, weights[p][q], True, p, D, BLOCK)
+
+
+@triton.jit
+def rebuild(channels, keys, rows, DTYPE: tl.constexpr):
+    """A piece of X from an earlier one and the writes since, with the forward's roundings."""
+    channels = widen(channels)
+    for i in tl.static_range(len(keys)):
+        channels = add_outer(channels, keys[i].to(tl.float32), rows[i], DTYPE)
+    return channels
+
+
+@triton.jit
+def fetch_backward(
+    x,
+    x_token,
+    x_channel,
+    x_feature,
+    trail_h,
+    trail_row,
+    h,
+    row_in,
+    stats,
+    target,
+    erase,
+    dx_new,
+    dx_token,
+    dx_channel,
+    dx_feature,
+    d_context,
+    d_gates,
+    d_values,
+    token,
+    read_token,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    GATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Everything that `backward` reads at one token, as it lies in memory."""
+    state = fetch_state(
+        x, x_token, x_channel, x_feature, h, target, erase, token, D, DV, PIECES, BLOCK
+    )
+    row = ()
+    if h is not None:
+        row = load_row(row_in + token * DV, DV)
+    numbers = ()
+    if stats is not None:
+        numbers = load_row(stats + token * (2 * DV + 2), 2 * DV + 2)
+    past_rows = ()
+    for i in tl.static_range(len(trail_h)):
+        past_rows = past_rows + (load_row(trail_row[i] + token * DV, DV),)
+    past_keys = ()
+    grads = ()
+    for p in tl.static_range(PIECES):
+        keys = ()
+        for i in tl.static_range(len(trail_h)):
+            keys = keys + (load_vector(trail_h[i], token, p, D, BLOCK),)
+        past_keys = past_keys + (keys,)
+        if dx_new is not None:
+            grads = grads + (
+                load_state(dx_new, dx_token, dx_channel, dx_feature, token, p, D, DV, BLOCK),
+            )
+    gradient = ((), ())
+    if d_context is not None:
+        gradient = fetch_gradient(
+            d_context, d_gates, d_values, read_token, D, GATES, VALUES, PIECES, BLOCK
+        )
+    return state, row, numbers, past_keys, past_rows, grads, gradient
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def backward(
+    x,
+    x_token,
+    x_channel,
+    x_feature,
+    trail_h,
+    trail_row,
+    h,
+    row_in,
+    stats,
+    target,
+    erase,
+    starts,
+    taps,
+    norm,
+    gate,
+    value,
+    dx_new,
+    dx_token,
+    dx_channel,
+    dx_feature,
+    d_context,
+    d_gates,
+    d_values,
+    dx,
+    dh,
+    d_target,
+    d_erase,
+    partial,
+    tokens,
+    length,
+    chunk,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    K: tl.constexpr,
+    GATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    VALUE_ON_STATE: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of X and of the pending write, and this program's share of the weights'.
+
+    Without a norm (and for K > 1, where `norm_backward` ran before) `d_context` is dx_in.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    first = program * chunk
+    end = tl.minimum(first + chunk, tokens)
+    halo: tl.constexpr = K - 1 if K > 1 else 0
+    norm_rows: tl.constexpr = 1 + GATES + VALUES if norm is not None else 0
+    rows: tl.constexpr = K * DV + norm_rows
+    d_taps = ()  # counted from the current token back
+    d_weights = ()  # norm, gates, values
+    window = ()  # dx_in of this token and of the K − 2 after it
+    for p in tl.static_range(PIECES):
+        d_taps = d_taps + (zero_vectors(K * DV, BLOCK),)
+        d_weights = d_weights + (zero_vectors(norm_rows, BLOCK),)
+        opening = ()
+        for s in tl.static_range(halo):
+            nearest = tl.minimum(first + s, tokens - 1)
+            opening = opening + (load_vector(d_context, nearest, p, D, BLOCK),)
+        window = window + (opening,)
+    ahead = fetch_backward(
+        x, x_token, x_channel, x_feature, trail_h, trail_row, h, row_in, stats, target, erase,
+        dx_new, dx_token, dx_channel, dx_feature, d_context, d_gates, d_values, first,
+        tl.minimum(first + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
+    )  # fmt: skip
+    for token in range(first, end):
+        state, row, numbers, past_keys, past_rows, grads, gradient = ahead
+        raw, raw_keys, entries, strengths = state
+        after = tl.minimum(token + 1, end - 1)
+        ahead = fetch_backward(
+            x, x_token, x_channel, x_feature, trail_h, trail_row, h, row_in, stats, target, erase,
+            dx_new, dx_token, dx_channel, dx_feature, d_context, d_gates, d_values, after,
+            tl.minimum(after + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
+        )  # fmt: skip
+        d_contexts, d_logits = gradient
+
+        # Which tokens after this one saw it: all, unless a document ends between them.
+        seen = (True,)
+        for s in tl.static_range(1, K):
+            later = tl.minimum(token + s, tokens - 1)
+            ends = is_start(starts, later, length) | (token + s >= tokens)
+            seen = seen + (seen[s - 1] & (ends == 0),)
+
+        # The state around the write, and the gradient of X' as far as it is known before the
+        # sum over d that the norm needs; the part that is missing is −pull·c_j·x_in.
+        held = ()
+        weight_sums = ()
+        tap_sums = ()
+        sliding = ()
+        products = ()
+        for p in tl.static_range(PIECES):
+            old = rebuild(raw[p], past_keys[p], past_rows, x.dtype.element_ty)
+            new = old
+            key = old[0]
+            if h is not None:
+                key = raw_keys[p].to(tl.float32)
+                new = add_outer(old, key, row, x.dtype.element_ty)
+            grad = zero_vectors(DV, BLOCK)
+            if dx_new is not None:
+                grad = widen(grads[p])
+            x_in = old[0]
+            base = old[0]
+            terms = ()
+            if d_context is not None:
+                if norm is not None:
+                    x_in, _ = compress(new, taps, (), False, p, D, K, BLOCK)
+                    dc, direct = through_logits(
+                        d_contexts[p].to(tl.float32), d_logits, gate, value, p, D, GATES, VALUES,
+                        VALUE_ON_STATE, BLOCK,
+                    )  # fmt: skip
+                    g = load_weight(norm, 0, p, D, BLOCK)
+                    rstd = numbers[DV + 1]
+                    shares = weight_terms(x_in, dc, d_logits, g, rstd, GATES, VALUE_ON_STATE)
+                    weight_sums = weight_sums + (accumulate(d_weights[p], shares),)
+                    terms = (dc * g * x_in,)
+                    base = dc * g * rstd + direct
+                    dx_ins = (base,)
+                else:
+                    dx_ins = window[p] + (d_contexts[p],)
+                if K == 0:
+                    grad = (grad[0] + dx_ins[0].to(tl.float32),)
+                tap_terms = ()
+                for s in tl.static_range(K):
+                    dx_in = dx_ins[s].to(tl.float32)
+                    if s > 0:
+                        dx_in = tl.where(seen[s], dx_in, 0.0)
+                    shares = ()
+                    for j in tl.static_range(DV):
+                        tap = load_weight(taps, (K - 1 - s) * DV + j, p, D, BLOCK)
+                        shares = shares + (tap * dx_in,)
+                        if norm is None:
+                            tap_terms = tap_terms + (new[j] * dx_in,)
+                    grad = accumulate(grad, shares)
+                if (norm is None) and K > 0:
+                    tap_sums = tap_sums + (accumulate(d_taps[p], tap_terms),)
+                if K > 1:
+                    moved = ()
+                    for s in tl.static_range(1, K):
+                        moved = moved + (dx_ins[s],)
+                    sliding = sliding + (moved,)
+            if h is not None:
+                for j in tl.static_range(DV):
+                    terms = terms + (grad[j] * key,)
+            products = terms if p == 0 else accumulate(products, terms)
+            held = held + ((old, new, key, x_in, base, grad),)
+        sums = sum_many(products)
+        if norm is not None:
+            d_weights = weight_sums
+        elif K > 0:
+            d_taps = tap_sums
+        if K > 1:
+            window = sliding
+
+        # The pull of the norm, and the gradients of a and b.
+        pull = 0.0
+        known: tl.constexpr = 0 if norm is None else 1
+        if norm is not None:
+            pull = rstd * rstd * rstd * (sums[0] / D)
+        d_readout = ()
+        d_scale = 0.0
+        scale = 1.0
+        if h is not None:
+            scale = numbers[DV]
+            d_strength = 0.0
+            for j in tl.static_range(DV):
+                d_row = sums[known + j]
+                if norm is not None:
+                    d_row -= pull * numbers[DV + 2 + j]
+                inner = 1.0
+                if target is not None:
+                    inner = entries[j]
+                    tl.store(d_target + token * DV + j, scale * d_row)
+                if erase is not None:
+                    readout = numbers[j]
+                    inner -= 2 * strengths[0] * readout
+                    d_strength -= readout * d_row * scale
+                    d_readout = d_readout + (-strengths[0] * scale * scale * d_row,)
+                d_scale += d_row * inner
+            if erase is not None:
+                tl.store(d_erase + token, d_strength)
+
+        # The gradients of X, of h and, below a norm, of the taps.
+        tap_sums = ()
+        for p in tl.static_range(PIECES):
+            old, new, key, x_in, base, grad = held[p]
+            if norm is not None:
+                missing = -pull * x_in
+                shares = ()
+                tap_terms = ()
+                for j in tl.static_range(DV):
+                    if K == 0:
+                        shares = shares + (missing,)
+                    else:
+                        shares = shares + (load_weight(taps, j, p, D, BLOCK) * missing,)
+                        tap_terms = tap_terms + (new[j] * (base + missing),)
+                grad = accumulate(grad, shares)
+                if K > 0:
+                    tap_sums = tap_sums + (accumulate(d_taps[p], tap_terms),)
+            if h is not None:
+                d_key = grad[0] * row[0]
+                for j in tl.static_range(1, DV):
+                    d_key += grad[j] * row[j]
+                if erase is not None:
+                    kept = ()
+                    for j in tl.static_range(DV):
+                        d_key += old[j] * d_readout[j]
+                        kept = kept + (grad[j] + key * d_readout[j],)
+                    grad = kept
+                if UNIT:
+                    d_key -= (scale * key) * (scale * scale * d_scale)
+                store_vector(dh, token, d_key, True, p, D, BLOCK)
+            for j in tl.static_range(DV):
+                store_vector(dx, token * DV + j, grad[j], True, p, D, BLOCK)
+        if (norm is not None) and K > 0:
+            d_taps = tap_sums
+    for p in tl.static_range(PIECES):
+        for q in tl.static_range(K * DV):
+            # The parameter's taps end with the current token.
+            at = (K - 1 - q // DV) * DV + q % DV
+            store_vector(partial, program * rows + at, d_taps[p][q], True, p, D, BLOCK)
+        for q in tl.static_range(norm_rows):
+            at = program * rows + K * DV + q
+            store_vector(partial, at, d_weights[p][q], True, p, D, BLOCK)

@@ -1,0 +1,252 @@
+"""Forward: settle the pending write, compress, normalise, gate and value logits, in one pass.
+
+Names as in `reference`: X (tokens, d_v, d) the state, h the direction, a the target, b the erase
+gate, s the scale, r = s(a − b·s·hᵀX) the row of the rank-1 write X' = X + h rᵀ, x_in the compressed
+state, g the norm's weight, c = x_in·rstd·g the context.
+
+A program walks along neighbouring tokens. All of a token's sums over d are made in two reductions,
+because a reduction costs more than the arithmetic around it; and the loads of the next token run
+under the arithmetic of this one. An argument that is None is not there: no pending write, no norm,
+nothing to store.
+"""
+
+import triton
+import triton.language as tl
+
+from deep_delta.ops.kernels.tiles import (
+    RUNTIME,
+    accumulate,
+    add_outer,
+    is_start,
+    load_row,
+    load_state,
+    load_vector,
+    load_weight,
+    store_vector,
+    sum_many,
+    widen,
+    zero_vectors,
+)
+
+
+@triton.jit
+def fetch_state(
+    x,
+    x_token,
+    x_channel,
+    x_feature,
+    h,
+    target,
+    erase,
+    token,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """X and its pending write at one token, as they lie in memory."""
+    channels = ()
+    keys = ()
+    for p in tl.static_range(PIECES):
+        channels = channels + (
+            load_state(x, x_token, x_channel, x_feature, token, p, D, DV, BLOCK),
+        )
+        if h is not None:
+            keys = keys + (load_vector(h, token, p, D, BLOCK),)
+    entries = ()
+    strength = ()
+    if target is not None:
+        entries = load_row(target + token * DV, DV)
+    if erase is not None:
+        strength = load_row(erase + token, 1)
+    return channels, keys, entries, strength
+
+
+@triton.jit
+def compress(
+    x,
+    taps,
+    carried,
+    start,
+    p: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Piece p of x_in, and what this token hands on: entry s − 1 belongs to the token s later."""
+    if K == 0:
+        x_in = x[0]
+    else:
+        pooled = ()
+        for s in tl.static_range(K):
+            total = load_weight(taps, (K - 1 - s) * len(x), p, D, BLOCK) * x[0]
+            for j in tl.static_range(1, len(x)):
+                total += load_weight(taps, (K - 1 - s) * len(x) + j, p, D, BLOCK) * x[j]
+            pooled = pooled + (total,)
+        x_in = pooled[0]
+        if K > 1:
+            handed = ()
+            for s in tl.static_range(K - 1):
+                handed = handed + (tl.where(start, 0.0, carried[s]),)
+            x_in += handed[0]
+            carried = ()
+            for s in tl.static_range(K - 2):
+                carried = carried + (handed[s + 1] + pooled[s + 1],)
+            carried = carried + (pooled[K - 1],)
+    return x_in, carried
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward(
+    x,
+    x_token,
+    x_channel,
+    x_feature,
+    h,
+    target,
+    erase,
+    starts,
+    taps,
+    norm,
+    gate,
+    value,
+    x_new,
+    row_out,
+    stats,
+    x_in_out,
+    context,
+    gate_logits,
+    value_logits,
+    tokens,
+    length,
+    chunk,
+    direction_eps,
+    norm_eps,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    K: tl.constexpr,
+    GATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    WALK: tl.constexpr,
+    VALUE_ON_STATE: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """X' and r; x_in or, with a norm, the context and its logits; the numbers a token keeps.
+
+    Those are, for the backward pass, s·hᵀX (d_v), s, rstd and Σ_i c_ij x_in,i h_i (d_v): with them
+    it needs one reduction instead of two. WALK: a program has several tokens. With K > 1 what a token hands to the next K − 1 stays in
+    registers, and a program starts K − 1 tokens early.
+    """
+    first = tl.program_id(0).to(tl.int64) * chunk
+    halo: tl.constexpr = K - 1 if K > 1 else 0
+    # Two passes back make dx_in first and need no product of it with h.
+    crossing: tl.constexpr = (stats is not None) and (h is not None) and K <= 1
+    begin = tl.maximum(first - halo, 0)
+    end = tl.minimum(first + chunk, tokens)
+    carried = ()
+    for _ in tl.static_range(PIECES):
+        carried = carried + (zero_vectors(halo, BLOCK),)
+    ahead = fetch_state(
+        x, x_token, x_channel, x_feature, h, target, erase, begin, D, DV, PIECES, BLOCK
+    )
+    for token in range(begin, end):
+        raw, raw_keys, entries, strength = ahead
+        if WALK:
+            after = tl.minimum(token + 1, end - 1)
+            ahead = fetch_state(
+                x, x_token, x_channel, x_feature, h, target, erase, after, D, DV, PIECES, BLOCK
+            )
+        own = token >= first
+
+        state = ()
+        keys = ()
+        products = ()
+        for p in tl.static_range(PIECES):
+            channels = widen(raw[p])
+            state = state + (channels,)
+            if h is not None:
+                key = raw_keys[p].to(tl.float32)
+                keys = keys + (key,)
+                terms = ()
+                if erase is not None:
+                    for j in tl.static_range(DV):
+                        terms = terms + (channels[j] * key,)
+                if direction_eps is not None:
+                    terms = terms + (key * key,)
+                products = terms if p == 0 else accumulate(products, terms)
+        if h is not None:
+            sums = sum_many(products)
+            scale = 1.0
+            if direction_eps is not None:
+                scale = tl.rsqrt(sums[len(sums) - 1] + direction_eps * direction_eps)
+            row = ()
+            for j in tl.static_range(DV):
+                entry = 1.0
+                if target is not None:
+                    entry = entries[j]
+                readout = 0.0
+                if erase is not None:
+                    readout = scale * sums[j]
+                    entry -= strength[0] * readout
+                row = row + (entry * scale,)
+                tl.store(row_out + token * DV + j, entry * scale, own)
+                if stats is not None:
+                    tl.store(stats + token * (2 * DV + 2) + j, readout, own)
+            if stats is not None:
+                tl.store(stats + token * (2 * DV + 2) + DV, scale, own)
+
+        start = is_start(starts, token, length)
+        x_ins = ()
+        products = ()
+        handing = ()
+        for p in tl.static_range(PIECES):
+            channels = state[p]
+            if h is not None:
+                channels = add_outer(channels, keys[p], row, x.dtype.element_ty)
+            if x_new is not None:
+                for j in tl.static_range(DV):
+                    store_vector(x_new, token * DV + j, channels[j], own, p, D, BLOCK)
+            if context is not None:
+                x_in, handed = compress(channels, taps, carried[p], start, p, D, K, BLOCK)
+                handing = handing + (handed,)
+                x_ins = x_ins + (x_in,)
+                if x_in_out is not None:
+                    store_vector(x_in_out, token, x_in, own, p, D, BLOCK)
+                if norm is not None:
+                    weighted = x_in * load_weight(norm, 0, p, D, BLOCK)
+                    terms = (x_in * x_in,)
+                    for q in tl.static_range(GATES):
+                        terms = terms + (weighted * load_weight(gate, q, p, D, BLOCK),)
+                    for j in tl.static_range(VALUES):
+                        source = x_in if VALUE_ON_STATE else weighted
+                        terms = terms + (source * load_weight(value, j, p, D, BLOCK),)
+                    if crossing:
+                        for j in tl.static_range(DV):
+                            crossed = x_in * keys[p]
+                            if K > 0:
+                                crossed *= load_weight(taps, j, p, D, BLOCK)
+                            terms = terms + (crossed,)
+                    products = terms if p == 0 else accumulate(products, terms)
+        if context is not None:
+            carried = handing
+            rstd = 1.0
+            if norm is not None:
+                sums = sum_many(products)
+                rstd = tl.rsqrt(sums[0] / D + norm_eps)
+                for q in tl.static_range(GATES):
+                    tl.store(gate_logits + token * GATES + q, sums[1 + q] * rstd, own)
+                for j in tl.static_range(VALUES):
+                    logit = sums[1 + GATES + j] * (1.0 if VALUE_ON_STATE else rstd)
+                    tl.store(value_logits + token * VALUES + j, logit, own)
+                if stats is not None:
+                    tl.store(stats + token * (2 * DV + 2) + DV + 1, rstd, own)
+                if crossing:
+                    for j in tl.static_range(DV):
+                        at = stats + token * (2 * DV + 2) + DV + 2 + j
+                        tl.store(at, sums[1 + GATES + VALUES + j], own)
+            for p in tl.static_range(PIECES):
+                out = x_ins[p]
+                if norm is not None:
+                    out = out * load_weight(norm, 0, p, D, BLOCK) * rstd
+                store_vector(context, token, out, own, p, D, BLOCK)

@@ -1,0 +1,98 @@
+"""A whole model on the fused kernels is the model on the reference: loss and every gradient."""
+
+import pytest
+import torch
+from fused_cases import DEVICE, can_run
+from helpers import CASES, TINY, shaken, tiny_config, token_ids
+
+from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM
+
+pytest.importorskip("triton", reason="the fused kernels need triton")
+pytestmark = can_run
+
+SIZE = {**TINY, "num_attention_heads": 1}
+VARIANTS = (
+    "additive", "ddl-scalar", "ddl-cc", "ddl-tc", "write-only-cc", "additive-expanded",
+)  # fmt: skip
+OPTIONS = ("separate-gates", "layer-gate", "fixed-gate", "two-layer-gate", "constant-value",
+           "mlp-direction", "value-from-state")  # fmt: skip
+
+
+def step(config: DeepDeltaConfig, backend: str, checkpoint: dict | None = None, **inputs):
+    """The loss and all gradients of one step, from the same shaken parameters in every call."""
+    config = DeepDeltaConfig.from_dict({**config.to_dict(), "backend": backend})
+    torch.manual_seed(0)
+    model = shaken(DeepDeltaForCausalLM(config), 0.1).train().to(DEVICE)
+    if checkpoint:
+        model.gradient_checkpointing_enable(checkpoint)
+    ids = token_ids(1, 4).to(DEVICE)
+    loss = model(ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+def agree(config: DeepDeltaConfig, **options) -> None:
+    expected, actual = step(config, "reference", **options), step(config, "triton", **options)
+    # A bias sums terms that almost cancel: its own size is no measure of them.
+    floor = 1e-3 * max(tensor.abs().max() for tensor in expected.values())
+    for name, tensor in expected.items():
+        assert tensor.abs().max() > 0, name
+        error = (actual[name] - tensor).abs().max() / max(tensor.abs().max(), floor)
+        assert error <= 1e-4, f"{name} is off by {error:.1e} of its largest entry"
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("parameterization", ["paper", pytest.param("published", marks=slow)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_is_the_reference(variant, parameterization):
+    agree(DeepDeltaConfig.from_preset(variant, "tiny", parameterization=parameterization, **SIZE))
+
+
+@slow
+@pytest.mark.parametrize("case", OPTIONS)
+def test_option_is_the_reference(case):
+    assert case in CASES
+    agree(tiny_config(case))
+
+
+@slow
+@pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc", "additive-expanded"])
+def test_rebuilding_changes_no_gradient(variant):
+    config = tiny_config(variant)
+    kept = step(config, "triton")
+    config.rebuild = 3
+    for name, gradient in step(config, "triton").items():
+        assert torch.equal(gradient, kept[name]), name
+
+
+@slow
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc"])
+def test_gradient_checkpointing_is_the_reference(variant, reentrant):
+    agree(tiny_config(variant, rebuild=3), checkpoint={"use_reentrant": reentrant})
+
+
+def test_packed_documents_are_the_reference():
+    position_ids = torch.tensor([[0, 1, 0, 1]], device=DEVICE)
+    agree(tiny_config("ddl-tc"), position_ids=position_ids)
+
+
+@pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc"])
+def test_decoding_with_a_cache_is_the_reference(variant):
+    """Token by token, with a padded beginning: the compressor sees more than the state."""
+    ids, mask = token_ids(2, 5).to(DEVICE), torch.ones(2, 5, dtype=torch.long, device=DEVICE)
+    mask[0, :2] = 0
+    logits = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        model = shaken(DeepDeltaForCausalLM(tiny_config(variant, backend=backend)), 0.1)
+        model = model.eval().to(DEVICE)
+        with torch.no_grad():
+            first = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
+            cache = {"past_key_values": first.past_key_values, "attention_mask": mask}
+            logits.append((first.logits, model(ids[:, 4:], **cache).logits))
+    for actual, expected in zip(*reversed(logits), strict=True):
+        kept = mask[:, : actual.shape[1]].bool() if actual.shape[1] > 1 else ...
+        assert (actual - expected)[kept].abs().max() <= 1e-5 * expected.abs().max()

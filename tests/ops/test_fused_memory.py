@@ -1,0 +1,266 @@
+"""What the fused kernels keep, write and add up: nothing unwritten, nothing by chance.
+
+How tokens are shared out must not matter, two runs must agree bit for bit, and a state that is
+rebuilt must be the one that was kept.
+"""
+
+import pytest
+import torch
+from fused_cases import DEVICE, DOCUMENTS, Case, can_run, measure, right, same
+from helpers import normal
+from torch.utils.flop_counter import FlopCounterMode
+
+from deep_delta.ops import expand_embeddings, launch, read_state, reduce_state
+
+pytest.importorskip("triton", reason="the fused kernels need triton")
+pytestmark = can_run
+
+KINDS = [
+    Case("plain", channels=1, taps=None),
+    Case(channels=1, taps=None, gates=2),
+    Case(channels=2),
+    Case(channels=2, taps=4),
+]
+every_kind = pytest.mark.parametrize("case", KINDS, ids=str)
+
+
+def expand(backend, embeddings, kernel):
+    segments = DOCUMENTS.to(DEVICE)[:, : embeddings.shape[1]]
+    return (expand_embeddings(embeddings, kernel, segments, backend=backend),)
+
+
+def embedding_tensors(tokens: int = 5) -> dict[str, torch.Tensor]:
+    return {"embeddings": normal(2, tokens, 63), "kernel": normal(63, 2, 4, seed=1)}
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """A function that makes fresh memory NaN from then on; gives the list of what was made."""
+    made: list[torch.Tensor] = []
+
+    def spoiled(function):
+        def fresh(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.is_floating_point():
+                made.append(tensor.fill_(float("nan")))
+            return tensor
+
+        return fresh
+
+    def begin() -> list[torch.Tensor]:
+        for place, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch.Tensor, "new_empty"),
+        ):
+            monkeypatch.setattr(place, name, spoiled(getattr(place, name)))
+        return made
+
+    return begin
+
+
+@every_kind
+def test_every_number_of_a_result_is_written(case, poison):
+    expected = [measure(call, case.tensors(), "triton") for call in (case.read, case.reduce)]
+    made = poison()
+    for call, results in zip((case.read, case.reduce), expected, strict=True):
+        same(measure(call, case.tensors(), "triton"), results)
+    assert len(made) > 5
+
+
+def test_every_number_of_an_expansion_is_written(poison):
+    expected = measure(expand, embedding_tensors(), "triton")
+    made = poison()
+    same(measure(expand, embedding_tensors(), "triton"), expected)
+    assert len(made) >= 3
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_tokens_need_not_divide_among_programs(tokens, processors, monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
+    for taps in (1, 4):
+        case = Case(batch=1, tokens=tokens, taps=taps, channels=1)
+        right(case.read, case.tensors())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, pytest.param(3, marks=pytest.mark.slow), 100])
+def test_chunks_may_be_shorter_than_a_compressor_and_end_inside_a_document(chunk, monkeypatch):
+    from deep_delta.ops import fused
+
+    monkeypatch.setattr(fused, "share_of", lambda *_, **__: chunk)
+    case = Case(tokens=5, taps=4, channels=1, documents=True)
+    for call in (case.read, case.reduce):
+        right(call, case.tensors())
+    right(expand, embedding_tensors())
+
+
+@every_kind
+def test_two_runs_agree_bit_for_bit(case):
+    same(*(measure(case.read, case.tensors(), "triton") for _ in range(2)))
+
+
+READS = 5
+
+
+def chain(rebuild: int, dtype: torch.dtype, taps: int | None, wide: bool, trails: list):
+    """Five reads, each of the state the last one left, and a last one: a model without layers."""
+    case = Case(taps=taps, channels=2 if wide else 1, batch=1, tokens=3)
+
+    def run(backend, state, norm_weight, kernel=None, **writes):
+        pending, trail, outputs = {}, None, []
+        options = {"kernel": kernel, "backend": backend}
+        for i in range(READS):
+            read = read_state(
+                state, **pending, **options, norm_weight=norm_weight, norm_eps=1e-5,
+                trail=trail, rebuild=rebuild,
+            )  # fmt: skip
+            state, trail = read.state, read.trail
+            trails.append(trail)
+            outputs.append(read.context)
+            pending = {name: writes[f"{name}_{i}"] for name in ("direction", "target", "erase")}
+            pending |= {"direction": pending["direction"].to(state.dtype), "eps": 0.3}
+        return (*outputs, reduce_state(state, **pending, **options, trail=trail))
+
+    tensors = {n: t for n, t in case.tensors().items() if n in ("state", "norm_weight", "kernel")}
+    for i in range(READS):
+        write = case.tensors(seed=10 * i)
+        tensors |= {f"{name}_{i}": write[name] for name in ("direction", "target", "erase")}
+    return measure(run, tensors, "triton", dtype)
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "dtype", "taps", "wide"),
+    [
+        pytest.param(1, torch.float32, 1, True, marks=pytest.mark.slow),
+        (2, torch.float32, None, False),
+        (3, torch.float32, 1, True),
+        (3, torch.float32, 2, True),
+        (3, torch.float16, 1, True),
+        pytest.param(3, torch.bfloat16, 1, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradients_from_rebuilt_states_are_those_from_kept_ones_bit_for_bit(
+    rebuild, dtype, taps, wide
+):
+    kept, trails = [], []
+    expected = chain(0, dtype, taps, wide, kept)
+    assert kept == [None] * READS
+    same(chain(rebuild, dtype, taps, wide, trails), expected)
+    lengths = [0 if trail is None else len(trail.directions) for trail in trails]
+    # Nothing is pending at the first read; then a state is kept after every `rebuild` others.
+    assert lengths == [0, *(i % (rebuild + 1) for i in range(1, READS))]
+
+
+def states_kept(rebuild: int) -> int:
+    shapes = {}
+
+    def pack(tensor):
+        shapes[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chain(rebuild, torch.float32, 1, True, [])
+    return sum(numel == 3 * 63 * 2 for numel in shapes.values())
+
+
+def test_rebuilding_keeps_fewer_states():
+    """The first, and of the five that are written all, every second, every fourth."""
+    assert [states_kept(rebuild) for rebuild in (0, 1, 3)] == [1 + 5, 1 + 3, 1 + 2]
+
+
+def test_a_plain_sum_keeps_its_new_state_and_nothing_else():
+    """x + h: what the additive model keeps of its stream, and no trail."""
+    case, shapes = Case("plain", channels=1, taps=None, gates=0, values=False), []
+    inputs = {n: t.float().to(DEVICE).requires_grad_() for n, t in case.tensors().items()}
+
+    def pack(tensor):
+        if tensor.numel() >= 63:  # a token's few sums are small change
+            shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        read = read_state(**inputs, norm_eps=1e-5, rebuild=3, backend="triton")
+    assert sorted(shapes) == [(8, 63, 1), (63,)]
+    assert read.trail is None
+
+
+def flat(*names: str, case: Case) -> list[torch.Tensor]:
+    """Tensors as the operators take them: tokens flattened, with gradients."""
+    tensors, lead = case.tensors(), case.batch * case.tokens
+    weights = ("kernel", "norm_weight", "gate_weight", "value_weight")
+    return [
+        (t if name in weights else t.reshape(lead, *t.shape[2:])).float().to(DEVICE)
+        .detach().requires_grad_()
+        for name in names if (t := tensors.get(name)) is not None
+    ]  # fmt: skip
+
+
+def operator_arguments() -> dict[str, list[tuple]]:
+    """Arguments of each operator: with everything, and with as little as it takes."""
+    case, small = Case(taps=2, tokens=2), Case(taps=None, channels=1, tokens=2)
+    x, h, a, b, taps, g, gate, value = flat(
+        "state", "direction", "target", "erase", "kernel", "norm_weight", "gate_weight",
+        "value_weight", case=case,
+    )  # fmt: skip
+    (scalar,) = flat("state", case=small)
+    starts = torch.tensor([True, False, True, False], device=DEVICE)
+    d_context, d_gates, d_values = (torch.randn(4, n, device=DEVICE) for n in (63, 1, 3))
+    row, x_in = torch.randn(4, 3, device=DEVICE), torch.randn(4, 63, device=DEVICE)
+    stats = torch.rand(4, 2 * 3 + 2, device=DEVICE)
+    none, plain = x.detach(), [tensor.detach() for tensor in (h, a, b)]
+    weights = [tensor.detach() for tensor in (taps, g)]
+    rows = [tensor.detach() for tensor in (gate, value)]
+    expansion = torch.randn(4, 63, device=DEVICE), torch.randn(2, 3, 63, device=DEVICE)
+    return {
+        "read_state": [
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, True, starts, 2, True, True,
+             torch.float32, None, [], []),
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, False, None, 2, True, True,
+             torch.float16, none, [plain[0]], [row]),
+            (scalar, None, None, None, None, None, None, 0.0, None, None, False, None, 2, False,
+             True, torch.float32, None, [], []),
+        ],
+        "read_state_backward": [
+            (none, [plain[0]], [row], plain[0], row, stats, x_in, *plain[1:], True, *weights, *rows,
+             True, starts, 2, none, d_context, d_gates, d_values),
+            (scalar.detach(), [], [], None, None, None, None, None, None, False, None, None, None,
+             None, False, None, 2, None, d_context, None, None),
+        ],
+        "expand": [
+            (*(t.clone().requires_grad_() for t in expansion), starts, 2, torch.float32),
+            (*expansion, None, 2, torch.float16),
+        ],
+        "expand_backward": [(*expansion, starts, 2, torch.randn(4, 3, 63, device=DEVICE))],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["read_state", "read_state_backward", "expand", "expand_backward"])
+def test_operator_keeps_the_rules_of_pytorch(name):
+    """Schema, fake tensors, autograd registration and tracing: what torch.compile relies on."""
+    from deep_delta.ops import fused  # noqa: F401 - registers the operators
+
+    for arguments in operator_arguments()[name]:
+        result = torch.library.opcheck(getattr(torch.ops.deep_delta, name).default, arguments)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_what_was_not_kept_is_asked_for_in_one_line():
+    (x,) = flat("state", case=Case(taps=None, channels=1, tokens=2))
+    read = torch.ops.deep_delta.read_state
+    out = read(x, None, None, None, None, None, None, 0.0, None, None, False, None, 2, False, False,
+               torch.float32, None, [], [])  # fmt: skip
+    with pytest.raises(RuntimeError, match="keep=True"):
+        out[4].sum().backward()
+
+
+def test_flops_of_a_read_are_counted():
+    """2 for each multiply-add: readout and write 2·d_v, the taps K·d_v, rows of logits, by d."""
+    from deep_delta.ops import fused  # noqa: F401 - a counter knows what is registered before it
+
+    case = Case(taps=2, gates=2)
+    inputs = {name: tensor.float().to(DEVICE) for name, tensor in case.tensors().items()}
+    with FlopCounterMode(display=False) as counter:
+        case.read("triton", **inputs)
+    assert counter.get_total_flops() == 8 * 63 * 2 * (2 * 3 + 2 * 3 + 2 + 3)
