@@ -9,8 +9,9 @@ import difflib
 import errno
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 COMPARE_DECIDES = ("variant", "seed", "resume")  # fields of a recipe that compare sets itself
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -20,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors a person can mend are one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = _parser().parse_known_args(words)
-    if rest and options.run is _prepare:
-        near = difflib.get_close_matches(rest[0], ("--out", "--tokenizer", "--val-fraction"), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see ddl prepare --help"
+    if rest and options.run in (_prepare, _bench):
+        near = difflib.get_close_matches(rest[0], [f"--{name}" for name in options.known], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"see ddl {words[0]} --help"
         return _fail(f"unknown option {rest[0]!r}; {hint}")
     try:
         return options.run(options, rest)
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--val-fraction", type=_fraction, default=0.01, help="documents kept for validation (0.01)"
     )
-    prepare.set_defaults(run=_prepare)
+    prepare.set_defaults(run=_prepare, known=("out", "tokenizer", "val-fraction"))
 
     train = jobs.add_parser(
         "train",
@@ -105,7 +106,30 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds")
     compare.add_argument("-h", "--help", action="store_true")
     compare.set_defaults(run=_compare)
+
+    bench = jobs.add_parser(
+        "bench",
+        help="time operations or whole models, checked against the reference first",
+        description="Time single operations or whole models. Every row is checked against the "
+        "reference first; what differs gets no figures, and the command ends with an error.",
+        allow_abbrev=False,
+    )
+    whats = bench.add_subparsers(metavar="WHAT", required=True, parser_class=_Parser)
+    _add_bench(whats, "op", "single operations: time and share of copy bandwidth", BENCH_OP)
+    _add_bench(whats, "model", "training steps and prefill of whole models", BENCH_MODEL)
     return parser
+
+
+def _add_bench(whats, what: str, about: str, options: Mapping[str, tuple[Any, ...]]) -> None:
+    parser = whats.add_parser(what, help=about, description=f"Time {about}.", allow_abbrev=False)
+    for name, (kind, default, text) in {**options, **BENCH_BOTH}.items():
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            # Defaults are written as they would be typed; argparse reads them like a typed word.
+            shown = text if default is None else f"{text} ({default})"
+            parser.add_argument(f"--{name}", type=kind, default=default, metavar="", help=shown)
+    parser.set_defaults(run=_bench, what=what, known=(*options, *BENCH_BOTH))
 
 
 class _Version(argparse.Action):
@@ -136,6 +160,87 @@ def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
         options.inputs, options.out, tokenizer=options.tokenizer, val_fraction=options.val_fraction
     )
     return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _count(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _counts_from_0(text: str) -> list[int]:
+    return [_whole(part, least=0) for part in text.split(",")]
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.strip().isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+    return int(text)
+
+
+# The options of `ddl bench`: how a word is read, the default, and what it is for.
+BENCH_OP: dict[str, tuple[Any, ...]] = {
+    "ops": (_names, "read,reduce,rewrite,expand,additive", "comma-separated"),
+    "width": (_count, "768", "d"),
+    "value-channels": (_counts, "1,4", "d_v, comma-separated"),
+    "kernel-sizes": (_counts, "1,4", "K of the compressor in tokens, comma-separated"),
+    "tokens": (_count, None, "B·T; without it 32768 on a GPU, 2048 on a CPU"),
+    "dtype": (str, "bfloat16", "of the state and the activations"),
+    "repeats": (_count, "50", "timed calls, of which the median counts"),
+    "sweep": (bool, False, "d 768, 1024, 2048, 4096 by d_v 1, 2, 4, 8"),
+}
+BENCH_MODEL: dict[str, tuple[Any, ...]] = {
+    "variants": (_names, "ddl-scalar,ddl-cc", "comma-separated; additive is always added"),
+    "size": (str, "small", "tiny, small or medium"),
+    "batch": (_count, "32", "sequences of a batch"),
+    "seq-len": (_count, "1024", "tokens of a sequence"),
+    "state-dtype": (str, "bfloat16", "of the state"),
+    "rebuild": (
+        _counts_from_0,
+        "0",
+        "states rebuilt in the backward pass between two kept ones, comma-separated (triton)",
+    ),
+    "gradient-checkpointing": (bool, False, "recompute every layer in the backward pass"),
+    "loss": (str, "torch", "torch or liger"),
+    "modes": (_names, "train,prefill", "comma-separated"),
+    "steps": (_count, "20", "timed steps, of which the median counts"),
+    "warmup": (_count, "5", "steps before those"),
+}
+BENCH_BOTH: dict[str, tuple[Any, ...]] = {
+    "providers": (
+        _names,
+        None,
+        "reference, compile, triton; without it all (op), triton or, on a CPU, reference (model)",
+    ),
+    "csv": (Path, None, "file to append the rows to"),
+}
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("train", "psutil")
+    names = [name.replace("-", "_") for name in options.known]
+    given = {name: getattr(options, name) for name in names}
+    given["command"] = "ddl " + shlex.join(sys.argv[1:])
+    try:
+        if options.what == "op":
+            from deep_delta.bench.op import bench_op
+
+            complete = bench_op(**given)
+        else:
+            from deep_delta.bench.model import bench_model
+
+            complete = bench_model(**given)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the rows above are measured, the others are not", INTERRUPTED)
+    if complete:
+        return 0
+    return _fail("some rows have no figures: the table says why")
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:

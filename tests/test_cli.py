@@ -73,7 +73,7 @@ def test_help_answers_at_once_and_loads_no_torch():
         done = subprocess.run([DDL, "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
-    assert all(command in done.stdout for command in ("prepare", "train", "compare"))
+    assert all(command in done.stdout for command in ("prepare", "train", "compare", "bench"))
     code = "import deep_delta_cli, sys; print({'torch', 'transformers'} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert printed == "set()\n"
@@ -147,6 +147,23 @@ def test_prepare_then_compare(ddl, here):
         ("compare --variant additive", "--variants"),
         ("compare --resume never", "--resume"),
         ("compare --varaints additive", "did you mean 'variants'?"),
+        ("bench", "WHAT"),
+        ("bench op --widht 5", "did you mean '--width'?"),
+        ("bench op --ops read,raed", "unknown 'raed'; did you mean 'read'?"),
+        ("bench op --repeats 0", "'0' is not a whole number from 1"),
+        ("bench op --value-channels 1,x", "'x' is not a whole number"),
+        ("bench op --tokens 1000", "a multiple of 1024"),
+        ("bench op --dtype int8", "known: bfloat16"),
+        ("bench op --providers triton", "triton needs a GPU"),
+        ("bench op --csv empty", "--csv empty cannot be written"),
+        ("bench op --csv recipe.yaml", "other columns"),
+        ("bench model --step 5", "did you mean '--steps'?"),
+        ("bench model --variants dll-cc", "did you mean 'ddl-cc'?"),
+        ("bench model --size huge", "known: tiny, small, medium"),
+        ("bench model --modes trian", "did you mean 'train'?"),
+        ("bench model --providers triton", "triton needs a GPU"),
+        ("bench model --loss liger", "--loss"),
+        ("bench model --state-dtype int8", "known: bfloat16"),
     ],
 )
 def test_bad_words_are_one_line(refused, here, words, expected):

@@ -1,0 +1,1 @@
+"""Benchmarks of single operations (`op`) and of whole models (`model`), each checked first."""

@@ -1,0 +1,137 @@
+"""`ddl bench model`: models are checked before they are timed, and every row says how it came."""
+
+import csv
+
+import pytest
+import torch
+
+import deep_delta_cli
+from deep_delta.bench import model as bench
+from deep_delta.bench import subject
+from deep_delta.bench.check import Outcome, distance, model_difference
+
+TINY = "bench model --size tiny --batch 2 --seq-len 32 --steps 1 --warmup 1"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Run `ddl bench model` at the size "tiny": (exit status, rows of its CSV)."""
+
+    def run(*words):
+        path = tmp_path / "rows.csv"
+        status = deep_delta_cli.main([*TINY.split(), *words, "--csv", str(path)])
+        with path.open() as file:
+            return status, list(csv.DictReader(file))
+
+    return run
+
+
+def test_additive_comes_first_and_all_are_timed_in_turns(rows, capsys):
+    status, found = rows("--variants", "ddl-cc,additive")
+    assert status == 0
+    assert [(row["name"], row["pass"], row["timing"]) for row in found] == [
+        (name, mode, timing)
+        for timing in ("alone", "in turns")
+        for name in ("additive", "ddl-cc")
+        for mode in ("train", "prefill")
+    ]
+    for row in found:
+        assert row["status"] == "ok"
+        assert float(row["tokens_per_s"]) == pytest.approx(64 / float(row["ms"]) * 1e3, rel=0.01)
+        assert float(row["ratio"]) > 0
+        assert bool(row["first_step_s"] and row["peak_gib"]) is (row["pass"] == "train")
+    for row in found[:2] + found[4:6]:
+        assert float(row["ratio"]) == 1
+    printed = capsys.readouterr().out
+    assert "| additive (reference) |" in printed
+    assert "ratios: tokens/s and peak memory over those of additive (reference)" in printed
+    assert "additive (reference), prefill, at the end against the start: " in printed
+
+
+def longer_norm(model):
+    model.model.norm.weight.data.mul_(1.1)
+
+
+def wrong_gradient(model):
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda gradient: 1.5 * gradient)
+
+
+def wrong_only_in_prefill(model):
+    norm = model.model.norm
+    norm.register_forward_hook(lambda module, _, out: out if module.training else 1.1 * out)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (longer_norm, "loss "),
+        (wrong_gradient, "gradient of model.layers.*.mlp.up_proj.weight, error "),
+        (wrong_only_in_prefill, "logits, error "),
+    ],
+)
+def test_a_model_that_differs_gets_no_figures(rows, monkeypatch, capsys, spoil, expected):
+    monkeypatch.setattr(subject, "compile_layers", spoil)  # what sets "compile" apart
+    status, found = rows("--variants", "additive", "--providers", "reference,compile")
+    assert status == 1
+    right, wrong = (
+        [row for row in found if row["provider"] == name] for name in ("reference", "compile")
+    )
+    assert all(row["status"] == "ok" and row["ms"] for row in right)
+    assert len(wrong) == 1
+    assert wrong[0]["status"].startswith(f"differs from the reference: {expected}")
+    assert not any(wrong[0][name] for name in ("ms", "tokens_per_s", "ratio", "peak_gib"))
+    assert capsys.readouterr().err == "ddl: some rows have no figures: the table says why\n"
+
+
+def test_what_cannot_be_had_or_breaks_is_a_row(rows, monkeypatch, capsys):
+    def fail(self):
+        raise {"ddl-cc": ValueError("no\nsuch thing"), "ddl-tc": KeyError("a bug")}[self.variant]
+
+    begin = subject.Subject.begin
+    monkeypatch.setattr(
+        subject.Subject,
+        "begin",
+        lambda self: begin(self) if self.variant == "additive" else fail(self),
+    )
+    status, found = rows("--variants", "ddl-cc,ddl-tc", "--modes", "prefill")
+    assert status == 1
+    assert [row["status"] for row in found] == [
+        "ok", "not available: no such thing", "failed: KeyError"
+    ]  # fmt: skip
+    assert "a bug" in capsys.readouterr().err
+
+
+def test_models_that_do_not_fit_together_are_let_go(monkeypatch):
+    setup = subject.Setup(torch.device("cuda"), "tiny", 2, 32, "bfloat16", False, "torch", ())
+    for name in ("empty_cache", "memory_allocated", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: type("Gpu", (), {"total_memory": 100}))
+    held = iter([30, 60, 60])
+    monkeypatch.setattr(bench, "_allocated", lambda: next(held))
+    record = bench.Record("ddl")
+    running = bench.Benchmark(setup, 1, 1, record)
+    subjects = [subject.Subject("additive", "triton", 0, setup) for _ in range(3)]
+    for each in subjects:
+        each.model = "held"
+        running.peak[each] = 40
+        running._make_room(each, bench.OK)
+    assert [each.model for each in subjects] == ["held", None, None]
+    assert running.kept == subjects[:1]
+    assert not running.interleave
+
+
+def test_the_rule_for_models():
+    def outcome(loss, *gradient):
+        return Outcome(loss, {"w": [torch.tensor(gradient)]})
+
+    exact = outcome(2.0, 3.0, 4.0)
+    rounded = outcome(2.01, 3.0, 4.1)  # off by 0.01, and by 0.1/5 of the norm
+    assert model_difference(outcome(2.0209, 3.0, 4.1), rounded, exact) is None
+    assert model_difference(outcome(2.0211, 3.0, 4.1), rounded, exact).startswith("loss 2.02110")
+    assert model_difference(outcome(2.0, 3.0, 4.44), rounded, exact) is None
+    assert model_difference(outcome(2.0, 3.0, 4.46), rounded, exact).startswith("gradient of w")
+    assert model_difference(outcome(float("nan"), 3.0, 4.0), rounded, exact).startswith("loss nan")
+    other = Outcome(2.0, {"v": [torch.zeros(2)]})
+    assert model_difference(other, rounded, exact) == "gradients of v, w"
+    nothing = [torch.zeros(2)]
+    assert distance(nothing, nothing) == 0
+    assert distance([torch.ones(2)], nothing) == float("inf")
