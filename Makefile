@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test mutants lint types clean
+.PHONY: setup demo test test-gpu mutants lint types clean
 
 setup: $(READY)
 
@@ -22,6 +22,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
+
+# On the machine that has the GPU, with its own CUDA build of torch: PYTEST="python3 -m pytest".
+PYTEST ?= $(BIN)/python -m pytest
+test-gpu:
+	$(PYTEST) tests/gpu tests/ops/test_fused.py tests/ops/test_fused_memory.py tests/model/test_fused_model.py
 
 mutants: $(READY)
 	$(BIN)/python scripts/mutants.py

@@ -166,7 +166,8 @@ def test_prepare_then_compare(ddl, here):
         ("bench model --state-dtype int8", "known: bfloat16"),
     ],
 )
-def test_bad_words_are_one_line(refused, here, words, expected):
+def test_bad_words_are_one_line(refused, here, words, expected, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it, liger runs without a GPU
     assert expected in refused(*words.split())
     assert {path.name for path in here.iterdir()} <= {"recipe.yaml", "empty"}, "nothing was begun"
 

@@ -135,8 +135,8 @@ def forward(
     """X' and r; x_in or, with a norm, the context and its logits; the numbers a token keeps.
 
     Those are, for the backward pass, s·hᵀX (d_v), s, rstd and Σ_i c_ij x_in,i h_i (d_v): with them
-    it needs one reduction instead of two. WALK: a program has several tokens. With K > 1 what a token hands to the next K − 1 stays in
-    registers, and a program starts K − 1 tokens early.
+    it needs one reduction instead of two. With WALK a program has several tokens; with K > 1 what
+    a token hands to the next K − 1 stays in registers, and a program starts K − 1 tokens early.
     """
     first = tl.program_id(0).to(tl.int64) * chunk
     halo: tl.constexpr = K - 1 if K > 1 else 0
