@@ -71,6 +71,43 @@ def _why_not_triton(state: Tensor | None) -> str | None:
     return None
 
 
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple, state: Tensor) -> None:
+    """ValueError for a shape that does not fit: a kernel would read somebody else's memory."""
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; a state of shape {tuple(state.shape)} "
+            f"(..., d, d_v) needs {tuple(shape)}"
+        )
+
+
+def _check_write(
+    state: Tensor, direction: Tensor | None, target: Tensor | None, erase: Tensor | None,
+    names: tuple[str, str, str] = ("direction", "target", "erase"),
+) -> None:  # fmt: skip
+    if state.ndim < 2:
+        raise ValueError(f"the state has shape {tuple(state.shape)}; it must be (..., d, d_v)")
+    *lead, width, channels = state.shape
+    _check_shape(names[0], direction, (*lead, width), state)
+    _check_shape(names[1], target, (*lead, channels), state)
+    _check_shape(names[2], erase, tuple(lead), state)
+
+
+def _check_read(
+    state: Tensor, kernel: Tensor | None, rows: dict[str, Tensor | None], segments: Tensor | None
+) -> None:
+    if state.ndim != 4:
+        raise ValueError(f"the state has shape {tuple(state.shape)}; it must be (B, T, d, d_v)")
+    *lead, width, channels = state.shape
+    if kernel is None and channels != 1:
+        raise ValueError(f"a state with {channels} channels needs a kernel (K, d_v, d)")
+    if kernel is not None:
+        _check_shape("kernel", kernel, (kernel.shape[0], channels, width), state)
+    for name, weight in rows.items():
+        if weight is not None:
+            _check_shape(name, weight, (*weight.shape[:-1], width), state)
+    _check_shape("segments", segments, tuple(lead), state)
+
+
 def apply_write(
     state: Tensor,
     direction: Tensor | None,
@@ -93,6 +130,7 @@ def apply_write(
     Returns:
         The new state, (..., d, d_v), in the state's dtype; computed in at least fp32.
     """
+    _check_write(state, direction, target, erase)
     if direction is None:
         return state
     if resolve_backend(backend, state) == "reference":
@@ -131,18 +169,7 @@ def delta_rewrite(
         raise ValueError(f"the state is {state.dtype}; it must be floating point")
     if eps < 0:
         raise ValueError(f"eps is {eps}; it must not be negative")
-    lead = state.shape[:-2]
-    expected = {
-        "direction": (direction, (*lead, state.shape[-2] if state.ndim > 1 else 0)),
-        "value": (value, (*lead, state.shape[-1] if state.ndim > 1 else 0)),
-        "gate": (gate, lead),
-    }
-    for name, (tensor, shape) in expected.items():
-        if state.ndim < 2 or tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; a state of shape {tuple(state.shape)} "
-                f"(..., d, d_v) needs {tuple(shape)}"
-            )
+    _check_write(state, direction, value, gate, names=("direction", "value", "gate"))
     target = gate.unsqueeze(-1) * value
     return apply_write(state, direction, target, gate if erase else None, eps=eps, backend=backend)
 
@@ -186,7 +213,13 @@ def read_state(
         rebuild: how many states between two kept ones the backward pass may rebuild ("triton"
             only; the reference keeps what autograd keeps).
         backend: "auto", "reference" or "triton".
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that cannot run here.
     """
+    _check_write(state, direction, target, erase)
+    rows = {"norm_weight": norm_weight, "gate_weight": gate_weight, "value_weight": value_weight}
+    _check_read(state, kernel, rows, segments)
     context_dtype = context_dtype or norm_weight.dtype
     if resolve_backend(backend, state) == "reference":
         read = reference.read_state(
@@ -230,6 +263,8 @@ def reduce_state(
 
     Arguments as in `read_state`.
     """
+    _check_write(state, direction, target, erase)
+    _check_read(state, kernel, {}, segments)
     if resolve_backend(backend, state) == "reference":
         settled = reference.apply_write(state, direction, target, erase, eps)
         return reference.compress(settled, kernel, segments)
@@ -249,6 +284,11 @@ def expand_embeddings(
     embeddings (B, T, d), kernel c (d, d_v, K) whose last tap is the current token
     -> (B, T, d, d_v) in `dtype`, by default at least fp32, in which it is computed.
     """
+    if embeddings.ndim != 3 or kernel.ndim != 3 or kernel.shape[0] != embeddings.shape[-1]:
+        raise ValueError(
+            f"embeddings {tuple(embeddings.shape)} (B, T, d) and kernel {tuple(kernel.shape)} "
+            "(d, d_v, K) do not fit"
+        )
     if resolve_backend(backend, embeddings) == "reference":
         expanded = reference.expand_embeddings(embeddings, kernel, segments)
         return expanded if dtype is None else expanded.to(dtype)

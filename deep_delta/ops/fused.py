@@ -96,7 +96,8 @@ def _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype):
     return (
         channel_major(x) if store else x.new_empty(0),
         x.new_empty((tokens, channels) if h is not None else (0,), **fp32),
-        x.new_zeros((tokens, 2 * channels + 2) if keep else (0,), **fp32),
+        # Where there is no write or no norm, its numbers are neither written nor read.
+        x.new_empty((tokens, 2 * channels + 2) if keep else (0,), **fp32),
         x.new_empty((tokens, width) if keep_x_in else (0,)),
         x.new_empty((tokens, width) if context_dtype else (0,), dtype=context_dtype or x.dtype),
         x.new_empty(tokens, gate.shape[0] if gate is not None else 0, **fp32),
@@ -352,6 +353,15 @@ def _flat(state, direction, target, erase):
     )
 
 
+def _packed(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
+
+
+def _starts(taps: Tensor | None, segments: Tensor | None) -> Tensor | None:
+    """Document starts, if the compressor looks back at all."""
+    return document_starts(segments) if taps is not None and taps.shape[0] > 1 else None
+
+
 def _trail_arguments(trail) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     if trail is None:
         return None, [], []
@@ -363,24 +373,8 @@ def _trail_arguments(trail) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
 def apply_write(state, direction, target, erase, eps) -> Tensor:
     """See `dispatch.apply_write`."""
     flat = _flat(state, direction, target, erase)
-    out = read_state(
-        *flat,
-        eps,
-        None,
-        None,
-        0.0,
-        None,
-        None,
-        False,
-        None,
-        1,
-        True,
-        _training(),
-        None,
-        None,
-        [],
-        [],
-    )
+    read = (None, None, 0.0, None, None, False, None, 1)  # it compresses and normalises nothing
+    out = read_state(*flat, eps, *read, True, _training(), None, None, [], [])
     return out[0].view(state.shape)
 
 
@@ -395,13 +389,13 @@ def read(
     x_new, row, _, _, context, gates, values = read_state(
         *_flat(state, direction, target, erase),
         eps,
-        taps,
-        norm,
+        _packed(taps),
+        _packed(norm),
         norm_eps,
-        gate,
-        value,
+        _packed(gate),
+        _packed(value),
         value_on_state,
-        document_starts(segments),
+        _starts(taps, segments),
         state.shape[-3],
         pending or training,
         training,
@@ -424,13 +418,13 @@ def reduce(state, direction, target, erase, eps, taps, segments, trail) -> Tenso
     out = read_state(
         *_flat(state, direction, target, erase),
         eps,
-        taps,
+        _packed(taps),
         None,
         0.0,
         None,
         None,
         False,
-        document_starts(segments),
+        _starts(taps, segments),
         state.shape[-3],
         False,
         _training(),

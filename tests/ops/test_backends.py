@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import one_line_error
 
-from deep_delta import delta_rewrite
+from deep_delta import delta_rewrite, ops
 from deep_delta.ops import BACKENDS, dispatch, resolve_backend
 
 STATE = torch.ones(2, 3)
@@ -57,3 +57,34 @@ def test_triton_by_name_takes_no_fp64(world):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert resolve_backend("triton", STATE.to(dtype)) == "triton"
     one_line_error(lambda: resolve_backend("triton", STATE.double()), "torch.float64", "fp32")
+
+
+WRONG = [
+    ("direction", {"direction": torch.ones(2, 3, 6)}),
+    ("target", {"target": torch.ones(2, 3, 4)}),
+    ("erase", {"erase": torch.ones(2, 3, 1)}),
+    ("kernel", {"kernel": torch.ones(1, 5, 2)}),
+    ("needs a kernel", {"kernel": None}),
+    ("norm_weight", {"norm_weight": torch.ones(4)}),
+    ("gate_weight", {"gate_weight": torch.ones(1, 4)}),
+    ("value_weight", {"value_weight": torch.ones(5)[None, :3]}),
+    ("segments", {"segments": torch.zeros(2, 4)}),
+    ("(B, T, d, d_v)", {"state": torch.ones(3, 5, 2)}),
+]
+
+
+@pytest.mark.parametrize(("said", "wrong"), WRONG, ids=[said for said, _ in WRONG])
+def test_a_read_refuses_shapes_that_do_not_fit_in_one_line(said, wrong):
+    """A kernel would go on and read somebody else's memory."""
+    shapes = {
+        "state": (2, 3, 5, 2), "direction": (2, 3, 5), "target": (2, 3, 2), "erase": (2, 3),
+        "kernel": (1, 2, 5), "norm_weight": (5,), "gate_weight": (1, 5), "value_weight": (2, 5),
+    }  # fmt: skip
+    arguments = {name: torch.ones(shape) for name, shape in shapes.items()} | wrong
+    if said == "(B, T, d, d_v)":
+        arguments |= {"direction": None, "target": None, "erase": None}
+    one_line_error(lambda: ops.read_state(**arguments, norm_eps=1e-5), said)
+
+
+def test_an_expansion_refuses_a_kernel_of_another_width():
+    one_line_error(lambda: ops.expand_embeddings(torch.ones(2, 3, 5), torch.ones(4, 2, 3)), "fit")

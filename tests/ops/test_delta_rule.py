@@ -213,7 +213,7 @@ def test_deferred_delta_write_is_the_immediate_rewrite():
         (((2, 5, 3), (2, 5), (2, 5), (2,)), "value"),
         (((2, 5, 3), (2, 5), (2, 3), (2, 1)), "gate"),
         (((2, 5, 3), (5,), (3,), ()), "direction"),
-        (((5,), (5,), (1,), ()), "direction"),
+        (((5,), (5,), (1,), ()), "the state"),
     ],
 )
 def test_shapes_that_do_not_fit_are_one_line(shapes, name):
