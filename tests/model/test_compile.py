@@ -49,6 +49,25 @@ def test_all_layers_share_their_graphs(variant, quick_compile):
     assert counts == [2 * GRAPHS] + 2 * [3 * GRAPHS]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rebuild", "graphs"), [(0, GRAPHS), (3, GRAPHS + 1)])
+def test_fused_layers_compile_whole(rebuild, graphs, quick_compile):
+    """No graph break around the kernels; a layer with a longer trail is one graph more."""
+    pytest.importorskip("triton", reason="the fused kernels need triton")
+    options = {"backend": "triton", "rebuild": rebuild, "num_hidden_layers": 4}
+    try:
+        plain, model = (shaken(tiny_model("ddl-cc", **options), 0.1).train() for _ in range(2))
+        ids = token_ids(2, 3)
+        loss_of(plain, ids).backward()
+    except ValueError as refused:
+        pytest.skip(str(refused))  # neither a GPU nor the interpreter
+    compile_layers(model)
+    loss_of(model, ids).backward()
+    assert quick_compile() == graphs
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        close(parameter.grad, other.grad, atol=1e-6, rtol=1e-5)
+
+
 def test_checkpointed_layers_compile_too(quick_compile):
     plain, model = (shaken(tiny_model("ddl-cc"), 0.1).train() for _ in range(2))
     compile_layers(model)
