@@ -23,12 +23,17 @@ DELTA, TOKENS = "tests/ops/test_delta_rule.py", "tests/ops/test_tokens.py"
 CONTRACT, MODEL = "tests/residual/test_contract.py", "tests/model/test_model.py"
 DECODING, START = "tests/model/test_decoding.py", "tests/model/test_initialisation.py"
 CONFIG, PUBLISHED = "tests/model/test_config.py", "tests/model/test_published.py"
+FUSED, MEMORY = "tests/ops/test_fused.py", "tests/ops/test_fused_memory.py"
+BACKENDS = "tests/ops/test_backends.py"
 
-# Fails the run unless the copy is what Python imports (the package is installed as editable).
+# Fails the run unless the copy is what Python imports (the package is installed as editable). Only
+# after the collection, because conftest decides about Triton's interpreter before any import.
 GUARD = """
 from pathlib import Path
-import deep_delta
-assert Path(deep_delta.__file__).is_relative_to(Path(__file__).parent), deep_delta.__file__
+
+def pytest_collection_finish():
+    import deep_delta
+    assert Path(deep_delta.__file__).is_relative_to(Path(__file__).parent), deep_delta.__file__
 """
 
 
@@ -44,6 +49,9 @@ class Mutant(NamedTuple):
 REFERENCE, GENERATORS = "ops/reference.py", "residual/generators.py"
 LAYERS, COMPRESS, SHARED = "residual/layers.py", "residual/compress.py", "residual/contract.py"
 BUILD, MODELING = "model/build.py", "model/modeling.py"
+FORWARD, BACKWARD = "ops/kernels/forward.py", "ops/kernels/backward.py"
+TILES, EMBEDDING = "ops/kernels/tiles.py", "ops/kernels/embedding.py"
+DISPATCH, FUSED_OPS, LAUNCH = "ops/dispatch.py", "ops/fused.py", "ops/launch.py"
 
 MUTANTS = [
     Mutant("no erase term", REFERENCE,
@@ -64,30 +72,34 @@ MUTANTS = [
     Mutant("documents not kept apart", REFERENCE,
            "== segments[:, :-steps]", "== segments[:, steps:]", TOKENS),
     Mutant("gate is σ without the 2", GENERATORS,
-           "return 2 * torch.sigmoid(linear_fp32(", "return torch.sigmoid(linear_fp32(", CONTRACT),
+           "return 2 * torch.sigmoid(logits + self.bias)",
+           "return torch.sigmoid(logits + self.bias)", CONTRACT),
     Mutant("sigmoid value without its scale", GENERATORS,
            "self.scale * torch.sigmoid(value)", "torch.sigmoid(value)", CONTRACT),
     Mutant("direction detached from the sublayer", LAYERS,
-           "self.direction(x, output)", "self.direction(x, output.detach())", CONTRACT,
-           "gets_a_gradient"),
-    Mutant("pending write dropped", SHARED,
-           "return apply_write(self.x, self.direction, self.scale, self.target, self.erase)",
-           "return self.x", CONTRACT),
-    Mutant("pending write applied twice", LAYERS, "x = state.settle()",
-           "x = state._replace(x=state.settle()).settle()", CONTRACT),
+           "self.direction(read.state, output)", "self.direction(read.state, output.detach())",
+           CONTRACT, "gets_a_gradient"),
+    Mutant("pending write dropped", LAYERS, "state.x,\n                *state[1:4],", "state.x,",
+           CONTRACT),
+    Mutant("pending write applied twice", LAYERS, "state.x,\n                *state[1:4],",
+           "state.settle(),\n                *state[1:4],", CONTRACT),
     Mutant("value from x_in instead of the context", LAYERS,
-           "self.value(sources[self.value_source])", "self.value(x_in)", CONTRACT, "equation"),
-    Mutant("value not gated", LAYERS, "write_gate.unsqueeze(-1) * value", "value",
+           'value_on_state=self.value_source == "state"', "value_on_state=True", CONTRACT,
+           "equation"),
+    Mutant("value not gated", LAYERS, "strengths[0].unsqueeze(-1) * value", "value",
            CONTRACT, "equation"),
-    Mutant("erase and write gates swapped", LAYERS, "else self.erase_gate(context)\n",
-           "else self.erase_gate(context)\n"
-           "        write_gate, erase_gate = erase_gate, write_gate\n", CONTRACT, "equation"),
-    Mutant("write-only erases", LAYERS, "erase_gate if self.erase else None", "erase_gate",
+    Mutant("erase and write gates swapped", LAYERS,
+           "strengths[0].unsqueeze(-1) * value,\n            strengths[-1] if",
+           "strengths[-1].unsqueeze(-1) * value,\n            strengths[0] if",
            CONTRACT, "equation"),
-    Mutant("context not normalised", LAYERS, "return x, x_in, self.norm(x_in)",
-           "return x, x_in, x_in", CONTRACT, "equation"),
-    Mutant("read rounded to bf16 before its norm", LAYERS, "F.rms_norm(x.to(dtype),",
-           "F.rms_norm(x.bfloat16().to(dtype),", MODEL, "state_dtype"),
+    Mutant("write-only erases", LAYERS, "strengths[-1] if self.erase else None", "strengths[-1]",
+           CONTRACT, "equation"),
+    Mutant("context not normalised", REFERENCE,
+           "context = rms_norm(x_in, norm_weight.to(dtype), norm_eps)", "context = x_in",
+           CONTRACT, "equation"),
+    Mutant("read rounded to bf16 before its norm", REFERENCE,
+           "x_in = compress(new, kernel, segments)\n",
+           "x_in = compress(new, kernel, segments).bfloat16()\n", MODEL, "state_dtype"),
     Mutant("borrowed compressor registered twice", LAYERS,
            'object.__setattr__(self, "compressor", compressor)', "self.compressor = compressor",
            CONTRACT, "registered_once"),
@@ -113,6 +125,38 @@ MUTANTS = [
     Mutant("queries and keys normalised before RoPE", MODELING,
            '"after_rope": AttentionNormAfterRope', '"after_rope": Qwen3Attention', PUBLISHED,
            "published_option"),
+    Mutant("kernel without the erase term", FORWARD, "entry -= strength[0] * readout",
+           "entry -= 0.0 * readout", FUSED, "settled_write"),
+    Mutant("kernel drops the gradient through the readout", BACKWARD,
+           "kept + (grad[j] + key * d_readout[j],)", "kept + (grad[j],)", FUSED, "settled_write"),
+    Mutant("kernel drops the gradient through the length", BACKWARD,
+           "d_key -= (scale * key) * (scale * scale * d_scale)", "d_key -= 0.0", FUSED,
+           "settled_write"),
+    Mutant("kernel's compressor sees another document", FORWARD,
+           "tl.where(start, 0.0, carried[s])", "carried[s]", FUSED, "no_other_document"),
+    Mutant("pull of the norm has the wrong sign", BACKWARD, "missing = -pull * x_in",
+           "missing = pull * x_in", FUSED, "one_token"),
+    Mutant("the same in the first of two passes", BACKWARD, "base - source * pull",
+           "base + source * pull", FUSED, "one_token"),
+    Mutant("state not rounded between two writes", TILES, ".to(DTYPE).to(tl.float32)", "",
+           MEMORY, "rebuilt_states and float16"),
+    Mutant("program begins one token late for its compressor", FORWARD, "first - halo,",
+           "first - halo + 1,", MEMORY, "shorter_than_a_compressor"),
+    Mutant("gradients of the taps in the wrong order", BACKWARD,
+           "at = (K - 1 - q // DV) * DV + q % DV", "at = q", FUSED, "no_other_document"),
+    Mutant("last program is not started", FUSED_OPS, "forward.forward[(-(-tokens // chunk),)]",
+           "forward.forward[(max(tokens // chunk, 1),)]", MEMORY, "divide_among_programs"),
+    Mutant("program leaves out its last token", BACKWARD,
+           "end = tl.minimum(first + chunk, tokens)\n    halo",
+           "end = tl.minimum(first + tl.maximum(chunk - 1, 1), tokens)\n    halo", MEMORY,
+           "divide_among_programs"),
+    Mutant("documents' first tokens found one late", LAUNCH,
+           "starts[:, 1:] = segments[:, 1:] != segments[:, :-1]",
+           "starts[:, 2:] = segments[:, 1:-1] != segments[:, :-2]", FUSED, "no_other_document"),
+    Mutant("embedding kernel sees another document", EMBEDDING, "tl.where(start, 0.0, window[s])",
+           "window[s]", FUSED, "embedding_convolution"),
+    Mutant("triton by name falls back silently", DISPATCH, 'if reason and backend == "triton":',
+           "if False:", BACKENDS),
 ]  # fmt: skip
 
 
@@ -140,7 +184,7 @@ def copy_package(folder: Path) -> None:
     shutil.copytree(REPO / "deep_delta", folder / "deep_delta", ignore=skip)
     for name in ("ops", "residual", "model"):
         shutil.copytree(REPO / "tests" / name, folder / "tests" / name, ignore=skip)
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/helpers.py"):
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/helpers.py", "tests/fused_cases.py"):
         shutil.copy(REPO / name, folder / name)
     (folder / "guard.py").write_text(GUARD, encoding="utf-8")
 

@@ -156,6 +156,17 @@ def right(call: Call, tensors: dict[str, Tensor], dtype=torch.float32, **options
     exact = measure(call, tensors, "reference", dtype, exact=True, **options)
     reference = measure(call, tensors, "reference", dtype, **options)
     fused = measure(call, tensors, "triton", dtype, **options)
+    judge(fused, reference, exact, tensors, dtype)
+
+
+def judge(
+    fused: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """The rule of `right`, for results that are there already."""
     width = next(tensors[name] for name in ("state", "embeddings") if name in tensors).shape[2]
     for name, true in exact.items():
         assert fused[name].dtype == reference[name].dtype, name
@@ -177,3 +188,37 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     for name, tensor in first.items():
         assert not tensor.isnan().any(), name
         assert torch.equal(tensor, second[name]), name
+
+
+READS = 5
+
+
+def chain(
+    rebuild: int, dtype: torch.dtype, taps: int | None, wide: bool, trails: list, **size: int
+) -> dict[str, Tensor]:
+    """Five reads, each of the state the last one left, and a last one: a model without layers.
+
+    `measure`'s results; `trails` gets what each read leaves to rebuild its state from.
+    """
+    case = Case(taps=taps, **{"channels": 2 if wide else 1, "batch": 1, "tokens": 3, **size})
+
+    def run(backend, state, norm_weight, kernel=None, **writes):
+        pending, trail, outputs = {}, None, []
+        options = {"kernel": kernel, "backend": backend}
+        for i in range(READS):
+            read = read_state(
+                state, **pending, **options, norm_weight=norm_weight, norm_eps=1e-5,
+                trail=trail, rebuild=rebuild,
+            )  # fmt: skip
+            state, trail = read.state, read.trail
+            trails.append(trail)
+            outputs.append(read.context)
+            pending = {name: writes[f"{name}_{i}"] for name in ("direction", "target", "erase")}
+            pending |= {"direction": pending["direction"].to(state.dtype), "eps": 0.3}
+        return (*outputs, reduce_state(state, **pending, **options, trail=trail))
+
+    tensors = {n: t for n, t in case.tensors().items() if n in ("state", "norm_weight", "kernel")}
+    for i in range(READS):
+        write = case.tensors(seed=10 * i)
+        tensors |= {f"{name}_{i}": write[name] for name in ("direction", "target", "erase")}
+    return measure(run, tensors, "triton", dtype)

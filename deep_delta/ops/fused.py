@@ -54,7 +54,7 @@ def read_state(
     out = _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype)
     x_new, row, stats, x_in, context, gates, values = out
     tokens, taps_count = x.shape[0], 0 if taps is None else taps.shape[0]
-    per_processor, options = plan("forward", *x.shape[1:])
+    per_processor, options = plan("forward", x.shape[1], x.shape[2], taps_count)
     walk = per_processor > 0
     shape = shape_of(x, taps, gate, value, whole=not walk)  # alone, a token gains by longer loads
     chunk = share_of(tokens, x.device, per_processor, least=4 * taps_count) if walk else 1
@@ -149,7 +149,7 @@ def read_state_backward(
         norm = gate = value = None
         shape |= {"GATES": 0, "VALUES": 0}
     norm_rows = 0 if norm is None else 1 + shape["GATES"] + shape["VALUES"]
-    per_processor, options = plan("backward", *x.shape[1:])
+    per_processor, options = plan("backward", x.shape[1], x.shape[2], shape["K"])
     chunk = share_of(tokens, x.device, per_processor)
     partial = partial_sums(-(-tokens // chunk), shape["K"] * shape["DV"] + norm_rows, x)
     backward.backward[(partial.shape[0],)](
@@ -194,9 +194,9 @@ def _norm_backward(
 ):
     """dx_in (N, d) and the gradients of norm, gate and value rows."""
     tokens = x_in.shape[0]
-    per_processor, options = plan("norm", shape["D"], 1)
+    per_processor, options = plan("norm", shape["D"], 1, shape["K"])
     chunk = share_of(tokens, x_in.device, per_processor)
-    dx_in = torch.empty_like(d_context)
+    dx_in = torch.empty_like(d_context, dtype=torch.float32)  # the taps' gradient is a sum of it
     partial = partial_sums(-(-tokens // chunk), 1 + shape["GATES"] + shape["VALUES"], x_in)
     backward.norm_backward[(partial.shape[0],)](
         x_in,

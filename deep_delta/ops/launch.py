@@ -30,7 +30,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def plan(kernel: str, width: int, channels: int) -> tuple[int, dict]:
+def plan(kernel: str, width: int, channels: int, taps: int) -> tuple[int, dict]:
     """Programs for each processor, 0 for one a token, and the compiler's options.
 
     Measured on an H100. The backward pass fills the registers, 255 of each thread: its sums for
@@ -43,7 +43,7 @@ def plan(kernel: str, width: int, channels: int) -> tuple[int, dict]:
         warps *= 2
     if kernel == "backward":
         return max(8 // warps, 1), {"num_warps": warps}
-    if channels == 1:
+    if channels == 1 and taps <= 1:  # with more taps a program must walk
         return 0, {"num_warps": 2 * warps}
     registers = {"maxnreg": 128} if warps <= 16 else {}
     return max(16 // warps, 1), {"num_warps": warps, **registers}

@@ -14,6 +14,8 @@ SIZE = {**TINY, "num_attention_heads": 1}
 VARIANTS = (
     "additive", "ddl-scalar", "ddl-cc", "ddl-tc", "write-only-cc", "additive-expanded",
 )  # fmt: skip
+# ddl-tc has a quick test of its own, with a cache.
+QUICK = ("additive", "ddl-scalar", "ddl-cc")
 OPTIONS = ("separate-gates", "layer-gate", "fixed-gate", "two-layer-gate", "constant-value",
            "mlp-direction", "value-from-state")  # fmt: skip
 
@@ -45,7 +47,9 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("parameterization", ["paper", pytest.param("published", marks=slow)])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [*QUICK, *(pytest.param(name, marks=slow) for name in VARIANTS if name not in QUICK)]
+)
 def test_variant_is_the_reference(variant, parameterization):
     agree(DeepDeltaConfig.from_preset(variant, "tiny", parameterization=parameterization, **SIZE))
 
@@ -74,12 +78,13 @@ def test_gradient_checkpointing_is_the_reference(variant, reentrant):
     agree(tiny_config(variant, rebuild=3), checkpoint={"use_reentrant": reentrant})
 
 
+@slow
 def test_packed_documents_are_the_reference():
     position_ids = torch.tensor([[0, 1, 0, 1]], device=DEVICE)
     agree(tiny_config("ddl-tc"), position_ids=position_ids)
 
 
-@pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc"])
+@pytest.mark.parametrize("variant", [pytest.param("ddl-cc", marks=slow), "ddl-tc"])
 def test_decoding_with_a_cache_is_the_reference(variant):
     """Token by token, with a padded beginning: the compressor sees more than the state."""
     ids, mask = token_ids(2, 5).to(DEVICE), torch.ones(2, 5, dtype=torch.long, device=DEVICE)

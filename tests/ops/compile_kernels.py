@@ -60,12 +60,13 @@ def shape(width: int, channels: int, taps: int, gates: int, whole: bool) -> dict
     return {
         "D": width, "DV": channels, "K": taps, "GATES": gates, "VALUES": values, "BLOCK": block,
         "PIECES": -(-width // block), "VALUE_ON_STATE": bool(gates), "x_feature": 1,
-        "dx_feature": 1, "STATS": 2 * channels + 2, "WALK": channels > 1, "RSTD": channels + 1,
+        "dx_feature": 1, "STATS": 2 * channels + 2, "RSTD": channels + 1,
+        "WALK": channels > 1 or taps > 1,
     }  # fmt: skip
 
 
 def plan(kernel: str, *size: int) -> int:
-    return launch.plan(kernel, *size[:2])[1]["num_warps"]
+    return launch.plan(kernel, *size)[1]["num_warps"]
 
 
 def read(width, channels, taps, gates, write, norm=True, store=True, reads=True, trail=0):
@@ -92,7 +93,7 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
             "x_in": STATE,
             "stats": WIDE,
             "d_context": STATE,
-            "dx_in_out": STATE,
+            "dx_in_out": WIDE,
             "partial": WIDE,
         }
         warps = plan("norm", width, 1, 1)
@@ -101,7 +102,8 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
         sizes = shape(width, channels, taps, 0, whole=False)
     types = common | weights | taps_given | logits
     types |= {"dx": STATE, "dh": STATE, "d_target": WIDE, "d_erase": WIDE, "partial": WIDE}
-    types |= {"row_in": WIDE, "stats": WIDE} | ({"d_context": STATE} if reads else {})
+    dx_in = WIDE if taps > 1 and norm else STATE  # of two passes the first one makes it
+    types |= {"row_in": WIDE, "stats": WIDE} | ({"d_context": dx_in} if reads else {})
     types |= {"dx_new": STATE, "dx_token": "i32", "dx_channel": "i32"} if store else {}
     sizes["UNIT"] = "direction_eps" in write
     if trail:

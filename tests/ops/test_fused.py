@@ -14,62 +14,86 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 pytestmark = can_run
 
 
-def cases(*each: Case) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", each, ids=str)
+def cases(*each: Case, rarer: tuple[Case, ...] = ()) -> pytest.MarkDecorator:
+    """One test for each case; those of the rarer ones are slow."""
+    slow = [pytest.param(case, marks=pytest.mark.slow) for case in rarer]
+    return pytest.mark.parametrize("case", [*each, *slow], ids=str)
 
 
 @cases(
-    *(Case(write) for write in (None, *WRITES)),
+    *(Case(write) for write in (None, "plain", "delta", "delta, no length")),
     *(Case(write, channels=1, taps=None) for write in (None, "plain", "write-only", "delta")),
-    *(Case(write, taps=4, channels=2) for write in (None, "spread", "write-only", "delta")),
-    *(Case(channels=channels, taps=taps, tokens=3) for channels in (1, 8) for taps in (1, 2)),
+    *(Case(write, taps=4, channels=2) for write in (None, "delta")),
+    Case(channels=8, tokens=3),
     Case(channels=1, taps=4),
+    rarer=(
+        *(Case(write) for write in WRITES if write not in ("plain", "delta", "delta, no length")),
+        *(
+            Case(write, channels=1, taps=None)
+            for write in WRITES
+            if write not in ("plain", "write-only", "delta")
+        ),
+        *(Case(write, taps=2, channels=2) for write in WRITES),
+        *(Case(write, taps=4, channels=2) for write in WRITES if write != "delta"),
+        *(Case(channels=channels, taps=2, tokens=3) for channels in (1, 8)),
+        Case(channels=1, tokens=3),
+        Case(channels=8, taps=4),
+        Case(channels=8, gates=2),
+    ),
 )
 def test_read_is_the_reference_for_every_write_and_compressor(case):
     right(case.read, case.tensors())
 
 
-@pytest.mark.slow
 @cases(
-    *(Case(write, channels=1, taps=None) for write in WRITES),
-    *(Case(write, taps=taps, channels=2) for write in WRITES for taps in (2, 4)),
-    Case(channels=8, taps=4),
-    Case(channels=8, gates=2),
-)
-def test_read_is_the_reference_for_rarer_writes_and_compressors(case):
-    right(case.read, case.tensors())
-
-
-@cases(
-    *(Case(width=width, channels=2, batch=1) for width in (2, 100, 769, 768, 1100)),
-    *(Case(width=width, channels=2, batch=1, taps=2) for width in (100, 768, 1100)),
-    *(Case("plain", width=width, channels=1, taps=None, batch=1) for width in (769, 1100)),
+    *(Case(width=width, channels=2, batch=1, tokens=2) for width in (2, 769, 768, 1100)),
+    Case(width=1100, channels=2, batch=1, tokens=2, taps=2),
+    Case("plain", width=1100, channels=1, taps=None, batch=1, tokens=2),
+    rarer=(
+        *(Case(width=width, channels=2, batch=1, taps=2) for width in (100, 768)),
+        Case("plain", width=769, channels=1, taps=None, batch=1),
+        Case(width=100, channels=2, batch=1),
+    ),
 )
 def test_read_is_the_reference_at_any_width(case):
     """In one piece or several, all of whose features are used (768) or not (1100)."""
     right(case.read, case.tensors())
 
 
+def logits(gates: int, values: bool, on_state: bool) -> Case:
+    return Case(gates=gates, values=values, value_on_state=on_state, channels=2, tokens=3)
+
+
 @cases(
-    *(
-        Case(gates=gates, values=values, value_on_state=on_state, channels=2, tokens=3)
-        for gates in (0, 1, 2)
-        for values, on_state in ((False, False), (True, False), (True, True))
-    ),
-    Case(gates=2, value_on_state=True, taps=4, channels=2),
-    Case(gates=2, taps=4, channels=2),
-    Case(gates=0, taps=2, channels=2, values=False),
-    *(Case(channels=1, taps=None, gates=2, value_on_state=on_state) for on_state in (True, False)),
+    logits(0, False, False),
+    logits(0, True, False),
+    logits(2, False, False),
+    logits(1, True, True),
+    Case(gates=2, value_on_state=True, taps=4, channels=2, tokens=3),
+    Case(gates=0, taps=2, channels=2, values=False, tokens=3),
     Case(channels=8, gates=2, tokens=2),  # more sums than fit one reduction
+    rarer=(
+        logits(0, True, True),
+        logits(1, False, False),
+        logits(1, True, False),
+        logits(2, True, False),
+        logits(2, True, True),
+        Case(gates=2, taps=4, channels=2),
+        *(
+            Case(channels=1, taps=None, gates=2, value_on_state=on_state)
+            for on_state in (True, False)
+        ),
+    ),
 )
 def test_read_is_the_reference_with_any_logits(case):
     right(case.read, case.tensors())
 
 
 @cases(
-    *(Case(taps=taps, documents=True, tokens=10, channels=1) for taps in (1, 2, 4)),
+    Case(taps=2, documents=True, tokens=10, channels=1),
     Case(None, taps=4, documents=True, tokens=10, channels=2, batch=1),
     Case(taps=9, documents=False, tokens=3, channels=1),  # longer than the sequence
+    rarer=tuple(Case(taps=taps, documents=True, tokens=10, channels=1) for taps in (1, 4)),
 )
 def test_compressor_looks_at_no_other_document_or_sequence(case):
     right(case.read, case.tensors())
@@ -77,9 +101,9 @@ def test_compressor_looks_at_no_other_document_or_sequence(case):
 
 
 @pytest.mark.parametrize("layout", ["features last", "channel major", "repeated", "sliced"])
-@pytest.mark.parametrize("write", [None, "delta"])
+@pytest.mark.parametrize("write", [pytest.param(None, marks=pytest.mark.slow), "delta"])
 def test_state_may_lie_in_any_way(layout, write):
-    case = Case(write, layout=layout, tokens=3)
+    case = Case(write, layout=layout, tokens=2)
     right(case.read, case.tensors())
     right(case.reduce, case.tensors())
 
@@ -96,10 +120,13 @@ def test_one_token_is_enough(case):
 
 
 @cases(
-    *(Case(write, channels=1, taps=None, tokens=2) for write in (None, "plain", "delta")),
-    *(Case(taps=taps, tokens=2, channels=2) for taps in (1, 4)),
+    *(Case(write, channels=1, taps=None, tokens=2) for write in ("plain", "delta")),
+    Case(taps=4, tokens=2, channels=2),
+    rarer=(Case(None, channels=1, taps=None, tokens=2), Case(tokens=2, channels=2)),
 )
-@pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,)], ids=str)
+@pytest.mark.parametrize(
+    "used", [(0,), (1,), (2,), pytest.param((3,), marks=pytest.mark.slow)], ids=str
+)
 def test_outputs_that_nobody_uses_need_no_gradient(case, used):
     right(case.read, case.tensors(), used=used)
 
@@ -111,16 +138,20 @@ def test_gradient_may_be_one_expanded_number(case):
 
 
 @cases(
-    *(Case(write) for write in (None, "spread", "write-only", "delta")),
+    Case(),
     *(Case(write, taps=4, channels=2) for write in (None, "delta")),
-    *(Case(write, channels=1, taps=None) for write in (None, "plain", "delta")),
+    *(Case(write, channels=1, taps=None) for write in ("plain", "delta")),
+    rarer=(
+        *(Case(write) for write in (None, "spread", "write-only")),
+        Case(None, channels=1, taps=None),
+    ),
 )
 def test_last_read_is_the_reference(case):
     right(case.reduce, case.tensors())
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_settled_write_is_the_reference(write, channels):
     case = Case(write, channels=channels, gates=0, values=False, taps=None)
     tensors = case.tensors()
@@ -147,9 +178,13 @@ def test_rewrite_is_the_reference(lead, erase):
     right(rewrite, tensors)
 
 
-@pytest.mark.parametrize("taps", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "taps", [1, *(pytest.param(taps, marks=pytest.mark.slow) for taps in (2, 3)), 4]
+)
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "packed"])
-@pytest.mark.parametrize(("width", "channels"), [(63, 1), (63, 3), (300, 2)])
+@pytest.mark.parametrize(
+    ("width", "channels"), [pytest.param(63, 1, marks=pytest.mark.slow), (63, 3), (300, 2)]
+)
 def test_embedding_convolution_is_the_reference(taps, documents, width, channels):
     tensors = {
         "embeddings": normal(2, 10, width),  # 300 is two pieces
@@ -175,7 +210,7 @@ def test_kernel_of_the_embedding_convolution_may_be_longer_than_the_sequence(bat
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
 @pytest.mark.parametrize("length", [1e-6, 1e4])
-@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("taps", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_numbers_may_be_large_or_small(size, length, taps):
     case = Case(taps=taps, tokens=2, channels=2)
     tensors = case.tensors()
@@ -185,11 +220,15 @@ def test_numbers_may_be_large_or_small(size, length, taps):
 
 
 @cases(
-    *(Case(write, channels=2) for write in ("spread", "delta")),
-    *(Case(write, channels=1, taps=None) for write in ("plain", "delta")),
-    Case(taps=4, channels=2),
-    Case(context_dtype=torch.float16, channels=2),
-    Case(context_dtype=torch.float16, taps=4, channels=2),
+    Case(channels=2, tokens=3),
+    Case("plain", channels=1, taps=None, tokens=3),
+    Case(context_dtype=torch.float16, taps=4, channels=2, tokens=3),
+    rarer=(
+        Case("spread", channels=2),
+        Case(channels=1, taps=None),
+        Case(taps=4, channels=2),
+        Case(context_dtype=torch.float16, channels=2),
+    ),
 )
 def test_narrow_states_are_computed_in_fp32_and_rounded_once(case):
     right(case.read, case.tensors(), torch.float16)
@@ -197,9 +236,9 @@ def test_narrow_states_are_computed_in_fp32_and_rounded_once(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("write", ["write-only", "delta"])
+@pytest.mark.parametrize("write", [pytest.param("write-only", marks=pytest.mark.slow), "delta"])
 def test_zero_direction_leaves_the_state_and_gives_no_nan(write, dtype):
-    case = Case(write, taps=2, channels=2)
+    case = Case(write, taps=2, channels=2, tokens=2)
     tensors = case.tensors()
     tensors["direction"][:, 1] = 0
     results = measure(case.read, tensors, "triton", dtype)
@@ -210,7 +249,7 @@ def test_zero_direction_leaves_the_state_and_gives_no_nan(write, dtype):
     right(case.read, tensors, dtype)
 
 
-@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("taps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_without_gradients_the_outputs_are_the_same(taps):
     case = Case(taps=taps)
     expected = measure(case.read, case.tensors(), "triton")

@@ -6,11 +6,11 @@ rebuilt must be the one that was kept.
 
 import pytest
 import torch
-from fused_cases import DEVICE, DOCUMENTS, Case, can_run, measure, right, same
+from fused_cases import DEVICE, DOCUMENTS, READS, Case, can_run, chain, measure, right, same
 from helpers import normal
 from torch.utils.flop_counter import FlopCounterMode
 
-from deep_delta.ops import expand_embeddings, launch, read_state, reduce_state
+from deep_delta.ops import expand_embeddings, launch, read_state
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytestmark = can_run
@@ -21,7 +21,6 @@ KINDS = [
     Case(channels=2),
     Case(channels=2, taps=4),
 ]
-every_kind = pytest.mark.parametrize("case", KINDS, ids=str)
 
 
 def expand(backend, embeddings, kernel):
@@ -59,7 +58,11 @@ def poison(monkeypatch):
     return begin
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "case",
+    [*(pytest.param(c, marks=pytest.mark.slow) for c in KINDS[1:3]), KINDS[0], KINDS[3]],
+    ids=str,
+)
 def test_every_number_of_a_result_is_written(case, poison):
     expected = [measure(call, case.tensors(), "triton") for call in (case.read, case.reduce)]
     made = poison()
@@ -75,7 +78,9 @@ def test_every_number_of_an_expansion_is_written(poison):
     assert len(made) >= 3
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tokens", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 23))]
+)
 @pytest.mark.parametrize("processors", [1, 3])
 def test_tokens_need_not_divide_among_programs(tokens, processors, monkeypatch):
     monkeypatch.setattr(launch, "processors", lambda device: processors)
@@ -84,7 +89,9 @@ def test_tokens_need_not_divide_among_programs(tokens, processors, monkeypatch):
         right(case.read, case.tensors())
 
 
-@pytest.mark.parametrize("chunk", [1, 2, pytest.param(3, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize(
+    "chunk", [1, 2, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (3, 100))]
+)
 def test_chunks_may_be_shorter_than_a_compressor_and_end_inside_a_document(chunk, monkeypatch):
     from deep_delta.ops import fused
 
@@ -95,38 +102,9 @@ def test_chunks_may_be_shorter_than_a_compressor_and_end_inside_a_document(chunk
     right(expand, embedding_tensors())
 
 
-@every_kind
+@pytest.mark.parametrize("case", KINDS[-1:], ids=str)  # tests/gpu tries every kind
 def test_two_runs_agree_bit_for_bit(case):
     same(*(measure(case.read, case.tensors(), "triton") for _ in range(2)))
-
-
-READS = 5
-
-
-def chain(rebuild: int, dtype: torch.dtype, taps: int | None, wide: bool, trails: list):
-    """Five reads, each of the state the last one left, and a last one: a model without layers."""
-    case = Case(taps=taps, channels=2 if wide else 1, batch=1, tokens=3)
-
-    def run(backend, state, norm_weight, kernel=None, **writes):
-        pending, trail, outputs = {}, None, []
-        options = {"kernel": kernel, "backend": backend}
-        for i in range(READS):
-            read = read_state(
-                state, **pending, **options, norm_weight=norm_weight, norm_eps=1e-5,
-                trail=trail, rebuild=rebuild,
-            )  # fmt: skip
-            state, trail = read.state, read.trail
-            trails.append(trail)
-            outputs.append(read.context)
-            pending = {name: writes[f"{name}_{i}"] for name in ("direction", "target", "erase")}
-            pending |= {"direction": pending["direction"].to(state.dtype), "eps": 0.3}
-        return (*outputs, reduce_state(state, **pending, **options, trail=trail))
-
-    tensors = {n: t for n, t in case.tensors().items() if n in ("state", "norm_weight", "kernel")}
-    for i in range(READS):
-        write = case.tensors(seed=10 * i)
-        tensors |= {f"{name}_{i}": write[name] for name in ("direction", "target", "erase")}
-    return measure(run, tensors, "triton", dtype)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +112,8 @@ def chain(rebuild: int, dtype: torch.dtype, taps: int | None, wide: bool, trails
     [
         pytest.param(1, torch.float32, 1, True, marks=pytest.mark.slow),
         (2, torch.float32, None, False),
-        (3, torch.float32, 1, True),
-        (3, torch.float32, 2, True),
+        pytest.param(3, torch.float32, 1, True, marks=pytest.mark.slow),
+        pytest.param(3, torch.float32, 2, True, marks=pytest.mark.slow),
         (3, torch.float16, 1, True),
         pytest.param(3, torch.bfloat16, 1, True, marks=pytest.mark.slow),
     ],
@@ -236,7 +214,15 @@ def operator_arguments() -> dict[str, list[tuple]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["read_state", "read_state_backward", "expand", "expand_backward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("read_state", marks=pytest.mark.slow),  # whole models run through it too
+        "read_state_backward",
+        pytest.param("expand", marks=pytest.mark.slow),
+        "expand_backward",
+    ],
+)
 def test_operator_keeps_the_rules_of_pytorch(name):
     """Schema, fake tensors, autograd registration and tracing: what torch.compile relies on."""
     from deep_delta.ops import fused  # noqa: F401 - registers the operators
