@@ -96,8 +96,7 @@ def _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype):
     return (
         channel_major(x) if store else x.new_empty(0),
         x.new_empty((tokens, channels) if h is not None else (0,), **fp32),
-        # Where there is no write or no norm, its numbers are neither written nor read.
-        x.new_empty((tokens, 2 * channels + 2) if keep else (0,), **fp32),
+        x.new_zeros((tokens, 2 * channels + 2) if keep else (0,), **fp32),
         x.new_empty((tokens, width) if keep_x_in else (0,)),
         x.new_empty((tokens, width) if context_dtype else (0,), dtype=context_dtype or x.dtype),
         x.new_empty(tokens, gate.shape[0] if gate is not None else 0, **fp32),
