@@ -35,8 +35,6 @@ def quick_compile(monkeypatch):
     """
     from torch._dynamo.utils import counters
 
-    # A benchmark in the same process switches this off for good.
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
     counters.clear()

@@ -13,7 +13,7 @@ import torch
 from deep_delta.accounting import PeakMemory, flops_per_token
 from deep_delta.bench.op import available_providers
 from deep_delta.bench.record import OK, Record, chosen, table
-from deep_delta.bench.subject import Setup, Subject, Wrong
+from deep_delta.bench.subject import Setup, Subject, Wrong, graphs_apart
 from deep_delta.bench.timing import device, times
 from deep_delta.errors import UserError
 from deep_delta.model.loss import LOSSES, resolve_loss
@@ -77,7 +77,8 @@ def bench_model(
             # What is rebuilt is a matter of the fused operations.
             counts = dict.fromkeys(rebuild) if provider == "triton" else [0]
             subjects += [Subject(variant, provider, count, setup) for count in counts]
-    return Benchmark(setup, steps, warmup, Record(command, csv)).run(subjects)
+    with graphs_apart():
+        return Benchmark(setup, steps, warmup, Record(command, csv)).run(subjects)
 
 
 class Benchmark:

@@ -114,7 +114,6 @@ class Subject:
         if setup.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.provider != "reference":
-            _keep_graphs_apart()
             compile_layers(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-3, weight_decay=0.1, fused=True
@@ -199,11 +198,11 @@ class Subject:
         self.model = self.optimizer = self.batches = None  # type: ignore[assignment]
 
 
-def _keep_graphs_apart() -> None:
-    """Give every model of a run graphs of its own, though torch counts all layers as one function.
+def graphs_apart() -> contextlib.AbstractContextManager:
+    """Every model of a run has graphs of its own, though torch counts all layers as one function.
 
     No limit on their number, and no shapes that become symbols because two models differ in d_v.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = config.accumulated_recompile_limit = 4096
-    config.automatic_dynamic_shapes = False
+    return torch._dynamo.config.patch(
+        recompile_limit=4096, accumulated_recompile_limit=4096, automatic_dynamic_shapes=False
+    )

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def channel_major(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def channel_major(x: Tensor) -> Tensor:
     """An empty (N, d, d_v) tensor that lies as (N, d_v, d) in memory."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], dtype=dtype).mT
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).mT
 
 
 def block_size(width: int, whole: bool = False) -> int:

@@ -128,7 +128,7 @@ def sum_all(vectors):
     count: tl.constexpr = len(vectors)
     tl.static_assert(count <= 8)
     v = vectors
-    for _ in tl.static_range(8 if count > 4 else (4 if count > 2 else 2)):
+    for _ in tl.static_range(8 - count):
         v = v + (tl.zeros_like(vectors[0]),)
     if count > 4:
         even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
