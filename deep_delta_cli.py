@@ -174,8 +174,13 @@ def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
 
 
-def _counts_from_0(text: str) -> list[int]:
-    return [_whole(part, least=0) for part in text.split(",")]
+def _rebuild(text: str) -> list[int | str]:
+    values: list[int | str] = []
+    for part in text.split(","):
+        if part not in ("speed", "memory") and not part.isdecimal():
+            raise argparse.ArgumentTypeError(f"{part!r} is not speed, memory or a whole number")
+        values.append(int(part) if part.isdecimal() else part)
+    return values
 
 
 def _whole(text: str, least: int) -> int:
@@ -186,7 +191,7 @@ def _whole(text: str, least: int) -> int:
 
 # The options of `ddl bench`: how a word is read, the default, and what it is for.
 BENCH_OP: dict[str, tuple[Any, ...]] = {
-    "ops": (_names, "read,reduce,rewrite,expand,additive", "comma-separated"),
+    "ops": (_names, "read,reads,reduce,rewrite,expand,additive", "comma-separated"),
     "width": (_count, "768", "d"),
     "value-channels": (_counts, "1,4", "d_v, comma-separated"),
     "kernel-sizes": (_counts, "1,4", "K of the compressor in tokens, comma-separated"),
@@ -202,9 +207,9 @@ BENCH_MODEL: dict[str, tuple[Any, ...]] = {
     "seq-len": (_count, "1024", "tokens of a sequence"),
     "state-dtype": (str, "bfloat16", "of the state"),
     "rebuild": (
-        _counts_from_0,
-        "0",
-        "states rebuilt in the backward pass between two kept ones, comma-separated (triton)",
+        _rebuild,
+        "speed",
+        "states rebuilt between two stored ones: speed, memory, numbers; comma-separated (triton)",
     ),
     "gradient-checkpointing": (bool, False, "recompute every layer in the backward pass"),
     "loss": (str, "torch", "torch or liger"),

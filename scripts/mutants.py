@@ -24,7 +24,7 @@ CONTRACT, MODEL = "tests/residual/test_contract.py", "tests/model/test_model.py"
 DECODING, START = "tests/model/test_decoding.py", "tests/model/test_initialisation.py"
 CONFIG, PUBLISHED = "tests/model/test_config.py", "tests/model/test_published.py"
 FUSED, MEMORY = "tests/ops/test_fused.py", "tests/ops/test_fused_memory.py"
-BACKENDS = "tests/ops/test_backends.py"
+BACKENDS, FUSED_MODEL = "tests/ops/test_backends.py", "tests/model/test_fused_model.py"
 
 # Fails the run unless the copy is what Python imports (the package is installed as editable). Only
 # after the collection, because conftest decides about Triton's interpreter before any import.
@@ -140,6 +140,14 @@ MUTANTS = [
            "base + source * pull", FUSED, "one_token"),
     Mutant("state not rounded between two writes", TILES, ".to(DTYPE).to(tl.float32)", "",
            MEMORY, "rebuilt_states and float16"),
+    Mutant("rebuilt state misses its first write", TILES, "for i in tl.static_range(len(keys)):",
+           "for i in tl.static_range(1, len(keys)):", MEMORY, "never_read"),
+    Mutant("direction from a state that nobody stored", LAYERS,
+           'getattr(self.direction, "reads_state", True)', "False", FUSED_MODEL,
+           "mlp-direction"),
+    Mutant("checkpointed block starts from a state that nobody stored", MODELING,
+           "state = state.stored()", "state = state._replace(trail=None)", FUSED_MODEL,
+           "checkpointing"),
     Mutant("program begins one token late for its compressor", FORWARD, "first - halo,",
            "first - halo + 1,", MEMORY, "shorter_than_a_compressor"),
     Mutant("gradients of the taps in the wrong order", BACKWARD,

@@ -44,7 +44,7 @@ def microseconds(call) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def calls(width: int, channels: int, taps: int, trail: int) -> dict:
+def calls(width: int, channels: int, taps: int, trail: int, store: bool) -> dict:
     """The forward and the backward operator on random inputs."""
 
     def random(*shape, dtype=torch.float32):
@@ -57,16 +57,18 @@ def calls(width: int, channels: int, taps: int, trail: int) -> dict:
     target, erase = random(TOKENS, channels), torch.rand(TOKENS, device="cuda") * 2
     kernel = random(taps, channels, width) if taps else None
     norm, gate, value = torch.rand(width, device="cuda"), random(1, width), random(channels, width)
+    past = [torch.randn_like(h) for _ in range(trail)]
+    rows = [random(TOKENS, channels) for _ in range(trail)]
+    earlier = x if trail else None
 
     def forward():
         return fused.read_state(
-            x, h, target, erase, 1e-5, kernel, norm, 1e-5, gate, value, True, None, LENGTH, True,
-            True, torch.bfloat16, None, [], [],
+            x, h, target, erase, 1e-5, kernel, norm, 1e-5, gate, value, True, None, LENGTH,
+            store, not store, True, torch.bfloat16, earlier, past, rows,
         )  # fmt: skip
 
     _, row, stats, x_in, context, d_gates, d_values = forward()
-    dx_new, past = state(), [torch.randn_like(h) for _ in range(trail)]
-    rows = [torch.randn_like(row) for _ in range(trail)]
+    dx_new = state()
 
     def backward():
         return fused.read_state_backward(
@@ -82,7 +84,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--taps", type=int, default=1, help="0 for d_v = 1")
-    parser.add_argument("--trail", type=int, default=0, help="states the backward pass rebuilds")
+    parser.add_argument("--trail", type=int, default=0, help="writes since the stored state")
+    parser.add_argument("--leave", action="store_true", help="forward does not store the state")
     parser.add_argument("--kernel", choices=("forward", "backward"), default="forward")
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--programs", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -91,11 +94,13 @@ def main() -> None:
     unit = TOKENS * options.width * 2
     channels = options.channels
     bytes_moved = {
-        "forward": (2 * channels + 2) * unit,
+        "forward": ((1 if options.leave else 2) * channels + 2 + options.trail) * unit,
         "backward": (3 * channels + 3 + options.trail) * unit,
     }[options.kernel]
     copy = copy_bandwidth()
-    call = calls(options.width, channels, options.taps, options.trail)[options.kernel]
+    call = calls(options.width, channels, options.taps, options.trail, not options.leave)[
+        options.kernel
+    ]
     rows = [(microseconds(call), "as launch.plan has it")]
     grid = itertools.product(options.warps, options.programs, options.registers, (False, True))
     for warps, programs, registers, whole in grid:

@@ -194,11 +194,18 @@ READS = 5
 
 
 def chain(
-    rebuild: int, dtype: torch.dtype, taps: int | None, wide: bool, trails: list, **size: int
+    rebuild: int,
+    dtype: torch.dtype,
+    taps: int | None,
+    wide: bool,
+    trails: list,
+    states: list | None = None,
+    **size: int,
 ) -> dict[str, Tensor]:
     """Five reads, each of the state the last one left, and a last one: a model without layers.
 
-    `measure`'s results; `trails` gets what each read leaves to rebuild its state from.
+    `measure`'s results; `trails` gets what each read leaves to rebuild its state from, `states`
+    copies of these states.
     """
     case = Case(taps=taps, **{"channels": 2 if wide else 1, "batch": 1, "tokens": 3, **size})
 
@@ -212,6 +219,8 @@ def chain(
             )  # fmt: skip
             state, trail = read.state, read.trail
             trails.append(trail)
+            if states is not None:
+                states.append(state.detach().clone())
             outputs.append(read.context)
             pending = {name: writes[f"{name}_{i}"] for name in ("direction", "target", "erase")}
             pending |= {"direction": pending["direction"].to(state.dtype), "eps": 0.3}

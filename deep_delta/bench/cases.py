@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def cases(
 def _kernel_sizes(op: str, value_channels: int, asked: list[int]) -> list[int]:
     if op == "expand":
         return [EMBEDDING_TAPS]
-    return asked if op in ("read", "reduce") and value_channels > 1 else [0]
+    return asked if op in ("read", "reads", "reduce") and value_channels > 1 else [0]
 
 
 def minimum_bytes(case: Case) -> tuple[int, int]:
@@ -76,6 +77,8 @@ def minimum_bytes(case: Case) -> tuple[int, int]:
         "rewrite": (2 * x + h, 3 * x + 2 * h),
         # X, h -> X', c; X, h, dX', dc -> dX, dh
         "read": (2 * x + 2 * h, 3 * x + 3 * h),
+        # X, h -> c; X, h, h₂ -> X'', c₂; X, h, h₂, dX'', dc₂ -> dX', dh₂; X, h, dX', dc -> dX, dh
+        "reads": (3 * x + 5 * h, 6 * x + 7 * h),
         # X', dX', dc -> dX, which is dh as well
         "additive": (2 * x + 2 * h, 3 * x + h),
         # X, h -> x_in in fp32; X, h, dx_in -> dX, dh
@@ -104,14 +107,18 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
             "state": normal(*lead, dv, d, dtype=case.dtype).mT,
             "direction": normal(*lead, d, dtype=case.dtype),
         }
-    if case.op in ("rewrite", "read", "reduce"):
+    if case.op in ("rewrite", "read", "reads", "reduce"):
         made["target"] = normal(*lead, dv, std=math.sqrt(d))
         made["erase"] = 2 * torch.rand(lead, generator=generator, device=device)
-    if case.op in ("read", "reduce") and taps:
+    if case.op == "reads":
+        made["second direction"] = normal(*lead, d, dtype=case.dtype)
+        made["second target"] = normal(*lead, dv, std=math.sqrt(d))
+        made["second erase"] = 2 * torch.rand(lead, generator=generator, device=device)
+    if case.op in ("read", "reads", "reduce") and taps:
         made["kernel"] = normal(taps, dv, d, std=1 / math.sqrt(taps * dv))
-    if case.op in ("read", "additive"):
+    if case.op in ("read", "reads", "additive"):
         made["norm_weight"] = 1 + normal(d, std=0.1)
-    if case.op == "read":
+    if case.op in ("read", "reads"):
         made["gate_weight"] = normal(1, d, std=1 / math.sqrt(d))
         made["value_weight"] = normal(dv, d, std=1 / math.sqrt(d))
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
@@ -125,7 +132,20 @@ def _rewrite(x: Tensors, backend: str) -> Tensors:
 
 
 def _read(x: Tensors, backend: str) -> Tensors:
-    reading = ops.read_state(
+    return _outputs(_reading(x, backend))
+
+
+def _reads(x: Tensors, backend: str) -> Tensors:
+    """Two reads as a model with channels makes them: the state between them is not stored."""
+    first = _reading(x, backend, rebuild=1)
+    write = {name: x[f"second {name}"] for name in ("direction", "target", "erase")}
+    second = _reading({**x, "state": first.state, **write}, backend, trail=first.trail)
+    seen = {f"first {name}": output for name, output in _outputs(first).items() if name != "state"}
+    return {**seen, **_outputs(second)}
+
+
+def _reading(x: Tensors, backend: str, **options: Any) -> ops.Reading:
+    return ops.read_state(
         x["state"],
         x["direction"],
         x.get("target"),
@@ -138,7 +158,11 @@ def _read(x: Tensors, backend: str) -> Tensors:
         value_weight=x.get("value_weight"),
         context_dtype=x["direction"].dtype,
         backend=backend,
+        **options,
     )
+
+
+def _outputs(reading: ops.Reading) -> Tensors:
     found = {
         "state": reading.state,
         "context": reading.context,
@@ -168,6 +192,7 @@ def _expand(x: Tensors, backend: str) -> Tensors:
 # Inputs by name and a backend -> the differentiable outputs by name.
 OPS: dict[str, Callable[[Tensors, str], Tensors]] = {
     "read": _read,
+    "reads": _reads,
     "reduce": _reduce,
     "rewrite": _rewrite,
     "expand": _expand,

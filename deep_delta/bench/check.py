@@ -62,7 +62,7 @@ def operation_difference(
         exact = _with_gradients(part, reference(part), wanted)
     summed = dict.fromkeys(PER_FEATURE, 1) | dict.fromkeys(PER_TOKEN, case.width)
     for name, tensor in exact.items():
-        terms = summed.get(name.removeprefix(GRADIENT), len(rows) * case.shape[1])
+        terms = summed.get(_kind(name), len(rows) * case.shape[1])
         unit = torch.finfo(actual[name].dtype).eps / 2 * math.sqrt(terms)
         own = errors(rounded[name], tensor)
         for kind, error in errors(actual[name], tensor).items():
@@ -76,13 +76,18 @@ def _pick(tensors: Tensors, rows: list[int]) -> Tensors:
     """The chosen sequences of every tensor that has tokens; a state keeps its order in memory."""
     picked = {}
     for name, tensor in tensors.items():
-        what = name.removeprefix(GRADIENT)
-        if what == "state":
+        kind = _kind(name)
+        if kind == "state":
             tensor = tensor.mT[rows].mT
-        elif what in (*PER_FEATURE, *PER_TOKEN):
+        elif kind in (*PER_FEATURE, *PER_TOKEN):
             tensor = tensor[rows]
         picked[name] = tensor
     return picked
+
+
+def _kind(name: str) -> str:
+    """What a tensor is, be it a gradient or not, and whichever of two reads it belongs to."""
+    return name.removeprefix(GRADIENT).removeprefix("first ").removeprefix("second ")
 
 
 def _with_gradients(inputs: Tensors, outputs: Tensors, wanted: Tensors) -> Tensors:

@@ -39,7 +39,7 @@ def bench_model(
     seq_len: int,
     state_dtype: str,
     providers: Sequence[str] | None,
-    rebuild: Sequence[int],
+    rebuild: Sequence[int | str],
     gradient_checkpointing: bool,
     loss: str,
     modes: Sequence[str],
@@ -71,12 +71,12 @@ def bench_model(
         where, size, batch, seq_len, state_dtype, gradient_checkpointing, loss,
         tuple(chosen("--modes", modes, MODES)),
     )  # fmt: skip
-    subjects = [Subject(BASELINE, provider, 0, setup) for provider in provider_names]
+    subjects = [Subject(BASELINE, provider, "speed", setup) for provider in provider_names]
     for variant in others:
         for provider in provider_names:
             # What is rebuilt is a matter of the fused operations.
-            counts = dict.fromkeys(rebuild) if provider == "triton" else [0]
-            subjects += [Subject(variant, provider, count, setup) for count in counts]
+            settings = dict.fromkeys(rebuild) if provider == "triton" else ["speed"]
+            subjects += [Subject(variant, provider, setting, setup) for setting in settings]
     with graphs_apart():
         return Benchmark(setup, steps, warmup, Record(command, csv)).run(subjects)
 
@@ -195,7 +195,7 @@ class Benchmark:
             "name": subject.variant,
             "provider": subject.provider,
             "timing": timing,
-            "settings": f"{self.setup} rebuild={subject.rebuild}",
+            "settings": f"{self.setup} rebuild={subject.config().states_rebuilt}",
             "dtype": self.setup.state_dtype,
             "status": status,
         }

@@ -54,25 +54,25 @@ class Wrong(Exception):
 
 
 class Subject:
-    """A model by its variant, what runs it, and how many states its backward pass rebuilds.
+    """A model by its variant, what runs it, and its configuration's `rebuild`.
 
     `begin` builds it and must come first; `first_step` is then the seconds of its first training
     step, None if it does not train.
     """
 
-    def __init__(self, variant: str, provider: str, rebuild: int, setup: Setup):
+    def __init__(self, variant: str, provider: str, rebuild: int | str, setup: Setup):
         self.variant, self.provider, self.rebuild, self.setup = variant, provider, rebuild, setup
         self.first_step: float | None = None
         self.turn = 0
 
     def __str__(self) -> str:
-        rebuilt = f", rebuild {self.rebuild}" if self.rebuild else ""
+        rebuilt = f", rebuild {self.rebuild}" if self.rebuild != "speed" else ""
         return f"{self.variant} ({self.provider}{rebuilt})"
 
     def config(self) -> DeepDeltaConfig:
         """The model's configuration; ValueError for a combination that does not exist."""
-        fields: dict[str, Any] = {"rebuild": self.rebuild} if self.rebuild else {}
-        return self._config(self.setup.state_dtype, backend=BACKENDS[self.provider], **fields)
+        backend = BACKENDS[self.provider]
+        return self._config(self.setup.state_dtype, backend=backend, rebuild=self.rebuild)
 
     def _config(self, state_dtype: str, **fields: Any) -> DeepDeltaConfig:
         size = self.setup.size

@@ -90,7 +90,7 @@ def build_residual(
         "norm_eps": config.rms_norm_eps,
         "slot": (layer, index),
         "backend": config.backend,
-        "rebuild": config.rebuild,
+        "rebuild": config.states_rebuilt,
     }
     width, channels = config.hidden_size, config.value_channels
     if config.residual == "additive":

@@ -55,8 +55,9 @@ class DeepDeltaConfig(PreTrainedConfig):
         logit_multiplier: factor on the logits.
         state_dtype: dtype of X, e.g. "bfloat16"; None for the embeddings' dtype.
         backend: "auto", "reference" or "triton": which implementation of the delta rule runs.
-        rebuild: states between two kept ones that the backward pass rebuilds ("triton"): 0 trains
-            fastest, 5 needs hardly more memory than an additive model.
+        rebuild: how many states between two stored ones are rebuilt where they are needed
+            ("triton"; the result is the same, bit for bit): "speed" trains fastest, "memory" needs
+            hardly more than an additive model, or a number; see `states_rebuilt`.
 
     Raises:
         ValueError: an unknown field, or a combination that has no meaning; one line each.
@@ -113,7 +114,7 @@ class DeepDeltaConfig(PreTrainedConfig):
     logit_multiplier: float | int = 1.0
     state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     backend: str = "auto"
-    rebuild: int = 0
+    rebuild: int | Literal["speed", "memory"] = "speed"
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
@@ -141,6 +142,16 @@ class DeepDeltaConfig(PreTrainedConfig):
     def number_of_conv_states(self) -> int:
         """Histories a "hybrid" layer may keep: two token reads, the embedding, the readout."""
         return 4 if self.compressor == "token" else 1
+
+    @property
+    def states_rebuilt(self) -> int:
+        """`rebuild` as a number.
+
+        With channels every second state is cheaper to rebuild twice than to write and read; a
+        vector state is not.
+        """
+        named = {"speed": 1 if self.value_channels > 1 else 0, "memory": 5}
+        return named[self.rebuild] if isinstance(self.rebuild, str) else self.rebuild
 
     @classmethod
     def from_preset(
@@ -240,7 +251,7 @@ def _check_state(config: DeepDeltaConfig) -> None:
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout is {config.attention_dropout}; it must lie in 0 to 1")
 
-    if config.rebuild < 0:
+    if config.states_rebuilt < 0:
         raise ValueError(f"rebuild is {config.rebuild}; it must be 0 or more")
     resolve_backend(config.backend)
 

@@ -214,7 +214,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(state.settle().mean(-1))
             if self.gradient_checkpointing and self.training:
-                state = state._replace(trail=None)  # a checkpointed block keeps its own input
+                state = state.stored()  # a block that runs again must find its input
             state = State(
                 *layer(
                     *state,

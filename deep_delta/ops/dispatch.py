@@ -24,7 +24,10 @@ if HAS_TRITON:
 
 
 class Trail(NamedTuple):
-    """An earlier state and the writes X + h rᵀ since: what X can be rebuilt from, without X."""
+    """A stored state and the writes X + h rᵀ since: what X is rebuilt from where it is not stored.
+
+    It holds no gradients. They pass through the tensor that stands in for X.
+    """
 
     state: Tensor  # (B, T, d, d_v)
     directions: tuple[Tensor, ...]  # h, each (B, T, d)
@@ -34,11 +37,11 @@ class Trail(NamedTuple):
 class Reading(NamedTuple):
     """What one read of the state gives."""
 
-    state: Tensor  # X with the write applied, (B, T, d, d_v)
+    state: Tensor  # X with the write applied, (B, T, d, d_v); with a trail, what stands in for it
     context: Tensor  # c, (B, T, d)
     gate_logits: Tensor | None  # (B, T, G), at least fp32
     value_logits: Tensor | None  # (B, T, V), at least fp32
-    trail: Trail | None  # how the backward pass of the next read gets `state`; None: it is kept
+    trail: Trail | None  # what the next read rebuilds X from; None: `state` is X
 
 
 def resolve_backend(backend: str, state: Tensor | None = None) -> str:
@@ -110,11 +113,12 @@ def _check_read(
 
 def apply_write(
     state: Tensor,
-    direction: Tensor | None,
+    direction: Tensor | None = None,
     target: Tensor | None = None,
     erase: Tensor | None = None,
     *,
     eps: float | None = None,
+    trail: Trail | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Apply a pending write in its canonical form, X ← X + s·h (aᵀ − b·s·hᵀX).
@@ -125,17 +129,26 @@ def apply_write(
         target: a, (..., d_v); None for a = 1.
         erase: b, (...); None for b = 0.
         eps: ε of s = 1/√(‖h‖² + ε²), §3.1; None for s = 1.
+        trail: from the `Reading` that made `state`, if it has one.
         backend: "auto", "reference" or "triton".
 
     Returns:
         The new state, (..., d, d_v), in the state's dtype; computed in at least fp32.
     """
     _check_write(state, direction, target, erase)
+    if direction is None and trail is None:
+        return state
+    if resolve_backend(backend, state) == "triton":
+        return fused.apply_write(state, direction, target, erase, eps, trail)
+    state = _stored(state, trail)
     if direction is None:
         return state
-    if resolve_backend(backend, state) == "reference":
-        return reference.apply_write(state, direction, target, erase, eps)
-    return fused.apply_write(state, direction, target, erase, eps)
+    return reference.apply_write(state, direction, target, erase, eps)
+
+
+def _stored(state: Tensor, trail: Trail | None) -> Tensor:
+    """X itself, for a reference that takes over from fused reads."""
+    return state if trail is None else fused.apply_write(state, None, None, None, None, trail)
 
 
 def delta_rewrite(
@@ -209,9 +222,11 @@ def read_state(
             the compressed state before the norm.
         segments: (B, T), the document number of each token: the compressor looks at no other.
         context_dtype: dtype of the context; by default the norm weight's.
-        trail: from the Reading that made `state`.
-        rebuild: how many states between two kept ones the backward pass may rebuild ("triton"
-            only; the reference keeps what autograd keeps).
+        trail: from the Reading that made `state`, if it has one.
+        rebuild: how many states between two stored ones are rebuilt instead: by the next read,
+            which finds the last stored one and the writes since, and by the backward pass
+            ("triton" only; the reference stores all). 0 stores this one. A plain x + h is always
+            stored, because its rebuilding would save nothing.
         backend: "auto", "reference" or "triton".
 
     Raises:
@@ -223,28 +238,24 @@ def read_state(
     context_dtype = context_dtype or norm_weight.dtype
     if resolve_backend(backend, state) == "reference":
         read = reference.read_state(
-            state, direction, target, erase, eps, kernel, norm_weight, norm_eps, gate_weight,
-            value_weight, value_on_state, segments,
+            _stored(state, trail), direction, target, erase, eps, kernel, norm_weight, norm_eps,
+            gate_weight, value_weight, value_on_state, segments,
         )  # fmt: skip
         return Reading(read[0], read[1].to(context_dtype), *read[2:], None)
-    read = fused.read(
-        state, direction, target, erase, eps, kernel, norm_weight, norm_eps, gate_weight,
-        value_weight, value_on_state, segments, context_dtype, trail,
-    )  # fmt: skip
-    new, context, gates, values, row = read
-    return Reading(new, context, gates, values, _next_trail(trail, state, direction, row, rebuild))
-
-
-def _next_trail(
-    trail: Trail | None, state: Tensor, direction: Tensor | None, row: Tensor | None, rebuild: int
-) -> Trail | None:
-    # A plain x + h (no row) keeps its new state and nothing else: cheaper than any trail.
-    if row is None or direction is None or not rebuild or not torch.is_grad_enabled():
-        return None
     past = trail or Trail(state.detach(), (), ())
-    if len(past.directions) == rebuild:
-        return None
-    return Trail(past.state, (*past.directions, direction.detach()), (*past.rows, row.detach()))
+    store = (
+        direction is None
+        or len(past.directions) >= rebuild
+        or fused.is_plain(state, direction, target, erase, eps)
+    )
+    new, context, gates, values, row = fused.read(
+        state, direction, target, erase, eps, kernel, norm_weight, norm_eps, gate_weight,
+        value_weight, value_on_state, segments, context_dtype, trail, store,
+    )  # fmt: skip
+    if direction is None or store:
+        return Reading(new, context, gates, values, None)
+    past = Trail(past.state, (*past.directions, direction.detach()), (*past.rows, row.detach()))
+    return Reading(new, context, gates, values, past)
 
 
 def reduce_state(
@@ -266,7 +277,7 @@ def reduce_state(
     _check_write(state, direction, target, erase)
     _check_read(state, kernel, {}, segments)
     if resolve_backend(backend, state) == "reference":
-        settled = reference.apply_write(state, direction, target, erase, eps)
+        settled = reference.apply_write(_stored(state, trail), direction, target, erase, eps)
         return reference.compress(settled, kernel, segments)
     return fused.reduce(state, direction, target, erase, eps, kernel, segments, trail)
 

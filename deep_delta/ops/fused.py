@@ -39,6 +39,7 @@ def read_state(
     starts: Tensor | None,
     length: int,
     store: bool,
+    carry: bool,
     keep: bool,
     context_dtype: torch.dtype | None,
     trail_x: Tensor | None,
@@ -47,20 +48,26 @@ def read_state(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Settle, compress, normalise: (X', r, stats, x_in, context, gate logits, value logits).
 
-    Outputs that are not asked for are empty: X' without `store`, what only a backward pass needs
-    (stats, and x_in for K > 1) without `keep`, the context without `context_dtype`. From the trail
-    the backward pass rebuilds X; None keeps X.
+    With a trail X is rebuilt from it, here and in the backward pass, and `x` has X's shape and
+    gradient but is not read. With `carry` instead of `store` X' is such a stand-in too: memory
+    that nobody writes.
+
+    Outputs that are not asked for are empty: X' without both, what only a backward pass needs
+    (stats, and x_in for K > 1) without `keep`, the context without `context_dtype`.
     """
-    out = _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype)
+    out = _empty_outputs(x, h, taps, norm, gate, value, store or carry, keep, context_dtype)
     x_new, row, stats, x_in, context, gates, values = out
     tokens, taps_count = x.shape[0], 0 if taps is None else taps.shape[0]
     per_processor, options = plan("forward", x.shape[1], x.shape[2], taps_count)
     walk = per_processor > 0
     shape = shape_of(x, taps, gate, value, whole=not walk)  # alone, a token gains by longer loads
     chunk = share_of(tokens, x.device, per_processor, least=4 * taps_count) if walk else 1
+    stored = x if trail_x is None else trail_x
     forward.forward[(-(-tokens // chunk),)](
-        x,
-        *strides_of(x),
+        stored,
+        *strides_of(stored),
+        tuple(trail_h),
+        tuple(trail_row),
         h,
         target,
         erase,
@@ -89,12 +96,12 @@ def read_state(
     return out
 
 
-def _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype):
+def _empty_outputs(x, h, taps, norm, gate, value, has_x, keep, context_dtype):
     tokens, width, channels = x.shape
     fp32 = {"dtype": torch.float32}
     keep_x_in = keep and norm is not None and taps is not None and taps.shape[0] > 1
     return (
-        channel_major(x) if store else x.new_empty(0),
+        channel_major(x) if has_x else x.new_empty(0),
         x.new_empty((tokens, channels) if h is not None else (0,), **fp32),
         x.new_zeros((tokens, 2 * channels + 2) if keep else (0,), **fp32),
         x.new_empty((tokens, width) if keep_x_in else (0,)),
@@ -106,8 +113,8 @@ def _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype):
 
 @read_state.register_fake
 def _(x, h, target, erase, direction_eps, taps, norm, norm_eps, gate, value, value_on_state,
-      starts, length, store, keep, context_dtype, trail_x, trail_h, trail_row):  # fmt: skip
-    return _empty_outputs(x, h, taps, norm, gate, value, store, keep, context_dtype)
+      starts, length, store, carry, keep, context_dtype, trail_x, trail_h, trail_row):  # fmt: skip
+    return _empty_outputs(x, h, taps, norm, gate, value, store or carry, keep, context_dtype)
 
 
 @torch.library.custom_op("deep_delta::read_state_backward", mutates_args=())
@@ -239,7 +246,7 @@ def _(x, trail_h, trail_row, h, row, stats, x_in, target, erase, unit, taps, nor
     return _empty_gradients(x, h, target, erase, taps, norm, gate, value)
 
 
-def _is_plain(x, h, target, erase, direction_eps) -> bool:
+def is_plain(x, h, target, erase, direction_eps) -> bool:
     """x + h: its backward needs X' and nothing else, and h and X share one gradient."""
     others = target is None and erase is None and direction_eps is None
     return h is not None and others and x.shape[-1] == 1
@@ -247,10 +254,10 @@ def _is_plain(x, h, target, erase, direction_eps) -> bool:
 
 def _keep(ctx, inputs, output) -> None:
     (x, h, target, erase, eps, taps, norm, _, gate, value, ctx.value_on_state, starts, ctx.length,
-     store, _, context_dtype, trail_x, trail_h, trail_row) = inputs  # fmt: skip
+     store, carry, _, context_dtype, trail_x, trail_h, trail_row) = inputs  # fmt: skip
     x_new, row, stats, x_in = output[:4]
-    ctx.plain, ctx.unit, ctx.stored = None, eps is not None, store
-    if _is_plain(x, h, target, erase, eps) and store:
+    ctx.plain, ctx.unit, ctx.has_x = None, eps is not None, store or carry
+    if is_plain(x, h, target, erase, eps) and store:
         ctx.plain, x, h, row, trail_h, trail_row = h.dtype, x_new, None, None, (), ()
     elif trail_x is not None:
         x = trail_x
@@ -294,7 +301,7 @@ def _differentiate(ctx, dx_new, _row, _stats, _x_in, d_context, d_gates, d_value
         ctx.value_on_state,
         starts,
         ctx.length,
-        dx_new if ctx.stored else None,
+        dx_new if ctx.has_x else None,
         *(None if g is None else g.contiguous() for g in (d_context, d_gates, d_values)),
     )
     if ctx.plain is not None:
@@ -323,7 +330,7 @@ def _differentiate(ctx, dx_new, _row, _stats, _x_in, d_context, d_gates, d_value
         None,
         _as(d_gate, gate),
         _as(d_value, value),
-        *[None] * 7,
+        *[None] * 8,
         [None] * ctx.trail,
         [None] * ctx.trail,
     )
@@ -369,22 +376,28 @@ def _trail_arguments(trail) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     return flat, directions, list(trail.rows)
 
 
-def apply_write(state, direction, target, erase, eps) -> Tensor:
+def apply_write(state, direction, target, erase, eps, trail) -> Tensor:
     """See `dispatch.apply_write`."""
     flat = _flat(state, direction, target, erase)
     read = (None, None, 0.0, None, None, False, None, 1)  # it compresses and normalises nothing
-    out = read_state(*flat, eps, *read, True, _training(), None, None, [], [])
-    return out[0].view(state.shape)
+    passes = (True, False, _training(), None)
+    return read_state(*flat, eps, *read, *passes, *_trail_arguments(trail))[0].view(state.shape)
 
 
 def read(
     state, direction, target, erase, eps, taps, norm, norm_eps, gate, value, value_on_state,
-    segments, context_dtype, trail,
+    segments, context_dtype, trail, store,
 ):  # fmt: skip
-    """See `dispatch.read_state`; also gives r, None where nothing can be rebuilt from it."""
-    pending, training = direction is not None, _training()
+    """See `dispatch.read_state`; also gives r.
+
+    Without `store` X' is not written: while training there is a stand-in for it, which takes its
+    gradient, otherwise nothing.
+    """
+    training = _training()
     # While training a state without a write is copied too: its two gradients, through this read
     # and through the next, would cost more to add afterwards.
+    writes = store and (direction is not None or trail is not None or training)
+    carries = training and not store
     x_new, row, _, _, context, gates, values = read_state(
         *_flat(state, direction, target, erase),
         eps,
@@ -396,19 +409,19 @@ def read(
         value_on_state,
         _starts(taps, segments),
         state.shape[-3],
-        pending or training,
+        writes,
+        carries,
         training,
         context_dtype,
         *_trail_arguments(trail),
     )
     lead = state.shape[:-2]
-    plain = _is_plain(state, direction, target, erase, eps)
     return (
-        x_new.view(state.shape) if pending or training else state,
+        x_new.view(state.shape) if writes or carries else state,
         context.view(*lead, -1),
         None if gate is None else gates.view(*lead, -1),
         None if value is None else values.view(*lead, -1),
-        row if pending and not plain else None,
+        row,
     )
 
 
@@ -425,6 +438,7 @@ def reduce(state, direction, target, erase, eps, taps, segments, trail) -> Tenso
         False,
         _starts(taps, segments),
         state.shape[-3],
+        False,
         False,
         _training(),
         torch.float32,

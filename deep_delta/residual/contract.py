@@ -32,23 +32,31 @@ class State(NamedTuple):
     (target) and b = 0 (erase).
     """
 
-    channels: Tensor  # Xᵀ of every token, (B, T, d_v, d): X as it lies in memory, contiguous
+    channels: Tensor  # Xᵀ of every token, (B, T, d_v, d): X as it lies in memory
     direction: Tensor | None = None  # h, (B, T, d)
     target: Tensor | None = None  # a, (B, T, d_v)
     erase: Tensor | None = None  # b, (B, T)
     eps: float | None = None
-    trail: Trail | None = None  # what the backward pass can rebuild X from; holds no gradients
+    trail: Trail | None = None  # what X is rebuilt from if nobody stored it
 
     @property
     def x(self) -> Tensor:
-        """X, (B, T, d, d_v), a view."""
+        """X before the pending write, (B, T, d, d_v), a view; with a trail, what stands in for X.
+
+        A stand-in has X's shape and takes its gradient, but not its numbers: use `settle`.
+        """
         return self.channels.mT
 
     def settle(self, backend: str = "auto") -> Tensor:
         """X with the pending write applied, (B, T, d, d_v)."""
-        return apply_write(
-            self.x, self.direction, self.target, self.erase, eps=self.eps, backend=backend
-        )
+        return apply_write(self.x, *self[1:4], eps=self.eps, trail=self.trail, backend=backend)
+
+    def stored(self, backend: str = "auto") -> "State":
+        """The same state without a trail: X is in memory, the pending write still pending."""
+        if self.trail is None:
+            return self
+        x = apply_write(self.x, trail=self.trail, backend=backend)
+        return self._replace(channels=x.mT, trail=None)
 
 
 @dataclass

@@ -6,7 +6,8 @@ alone. All logits are computed in fp32.
 
 A generator whose first step is a product with its source has that step's rows as `logit_weight`
 and goes on from the logits in `from_logits`; without rows it is called with the source itself.
-`reads_source` is False where only the source's shape matters.
+`reads_source` is False where only the source's shape matters, a direction's `reads_state` where X
+does not: it need not be stored then.
 """
 
 import math
@@ -154,6 +155,8 @@ class ConstantValue(ResidualModule):
 
 class SublayerDirection(nn.Module):
     """k̃ = h, the sublayer's output (the paper's choice). X, h (B, T, d) -> (B, T, d)."""
+
+    reads_state = False
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         return output

@@ -49,10 +49,13 @@ class Residual(ResidualModule):
             is used here, but stays a parameter of the other, so that a checkpoint holds it once.
         slot: (layer, index) of the cache entry in which the token compressor keeps its history.
         backend: "auto", "reference" or "triton": see `ops`.
-        rebuild: how many states between two kept ones the backward pass rebuilds ("triton").
+        rebuild: how many states between two stored ones are rebuilt ("triton"): see `read_state`.
     """
 
     compressor: Compressor
+    # Set by transformers. A checkpointed block must leave a state that its successor, which runs
+    # again by itself, can start from; one of its two reads need not store.
+    gradient_checkpointing = False
 
     def __init__(
         self,
@@ -87,11 +90,12 @@ class Residual(ResidualModule):
         value_weight: Tensor | None = None,
         value_on_state: bool = False,
         exact: bool = False,
+        whole: bool = False,
     ) -> tuple[Reading, Tensor]:
         """The settled state, the context and the logits; and X as the compressor saw it.
 
         Under autocast the context has autocast's dtype, which the sublayer's matrices would give
-        it anyway; with `exact` it keeps the norm's.
+        it anyway; with `exact` it keeps the norm's. With `whole` the state is stored.
         """
         device = state.x.device.type
         rounded = torch.is_autocast_enabled(device) and not exact
@@ -112,7 +116,7 @@ class Residual(ResidualModule):
                 *state[1:4],
                 eps=state.eps,
                 trail=state.trail,
-                rebuild=self.rebuild,
+                rebuild=0 if whole else self._rebuild(),
                 **options,
             )
             return reading, reading.state
@@ -126,6 +130,9 @@ class Residual(ResidualModule):
             None if read.value_logits is None else read.value_logits[:, own],
             None,
         ), seen
+
+    def _rebuild(self) -> int:
+        return min(self.rebuild, 1) if self.gradient_checkpointing else self.rebuild
 
 
 class AdditiveResidual(Residual):
@@ -207,6 +214,8 @@ class DeltaResidual(Residual):
                 logit_weight(generator) is None and getattr(generator, "reads_source", True)
                 for generator in (*gates, self.value)
             ),
+            whole=getattr(self.direction, "reads_state", True)
+            or (self.value_source == "state" and value_rows is None),
         )
         output = sublayer(read.context)
         logits = iter(() if read.gate_logits is None else read.gate_logits.unbind(-1))

@@ -105,7 +105,8 @@ def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig)
         raise UserError(f"{checkpoint} has no step left to train of the recipe's {recipe.steps}")
     theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string(use_diff=False))
-    skip = {"dtype", "architectures", "transformers_version", "use_cache"}
+    # What is stored and what is rebuilt changes no bit of the result.
+    skip = {"dtype", "architectures", "transformers_version", "use_cache", "rebuild"}
     changed = [
         f"{name}: {theirs[name]} -> {value}"
         for name, value in ours.items()

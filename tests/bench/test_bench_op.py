@@ -1,17 +1,21 @@
 """`ddl bench op`: the bytes it counts, the check before every figure, and the rows it leaves."""
 
 import csv
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from fused_cases import DEVICE, can_run
 
 import deep_delta_cli
+from deep_delta.bench import cases as cases_module
 from deep_delta.bench import op as bench
 from deep_delta.bench.cases import OPS, SEQUENCE, Case, cases, make_inputs, minimum_bytes
 from deep_delta.bench.check import operation_difference
 
 CPU = torch.device("cpu")
+OTHERS = [name for name in OPS if name != "reads"]
 
 
 def case(op="read", value_channels=4, kernel_size=0, dtype=torch.bfloat16, width=16):
@@ -25,6 +29,8 @@ def case(op="read", value_channels=4, kernel_size=0, dtype=torch.bfloat16, width
         ("rewrite", 4, torch.bfloat16, 8 + 2 + 8, 8 + 2 + 8 + 8 + 2),
         ("read", 4, torch.bfloat16, 8 + 2 + 8 + 2, 8 + 2 + 8 + 2 + 8 + 2),
         ("read", 4, torch.float32, 16 + 4 + 16 + 4, 16 + 4 + 16 + 4 + 16 + 4),
+        # The state in between is not written, and read once, with both writes, by the second read.
+        ("reads", 4, torch.bfloat16, (8 + 2 + 2) + (8 + 2 + 2 + 8 + 2), (30 + 2) + 30),
         ("additive", 1, torch.bfloat16, 2 + 2 + 2 + 2, 2 + 2 + 2 + 2),
         ("reduce", 4, torch.bfloat16, 8 + 2 + 4, 8 + 2 + 4 + 8 + 2),
         ("expand", 4, torch.bfloat16, 4 + 8, 4 + 8 + 4),
@@ -42,6 +48,7 @@ def test_cases_that_make_no_sense_are_left_out():
     found = cases(list(OPS), [16], [1, 4], [1, 4], SEQUENCE, torch.float32)
     assert [(c.op, c.value_channels, c.kernel_size) for c in found] == [
         ("read", 1, 0), ("read", 4, 1), ("read", 4, 4),
+        ("reads", 1, 0), ("reads", 4, 1), ("reads", 4, 4),
         ("reduce", 1, 0), ("reduce", 4, 1), ("reduce", 4, 4),
         ("rewrite", 1, 0), ("rewrite", 4, 0),
         ("expand", 1, 4), ("expand", 4, 4),
@@ -59,7 +66,7 @@ def test_inputs_lie_in_memory_as_in_a_model_and_none_is_zero():
 def difference(spoil, dtype, op="rewrite"):
     """What the check says of the reference with its outputs by name changed by `spoil`."""
     generator = torch.Generator().manual_seed(0)
-    one = case(op, 4, 4 if op == "read" else 0, dtype)
+    one = case(op, 4, 4 if op.startswith("read") else 0, dtype)
     inputs = make_inputs(one, CPU, generator)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return operation_difference(
@@ -94,8 +101,25 @@ def test_an_operation_that_is_off_by_a_hundredth_is_found(spoil, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_reference_is_no_different_from_itself(dtype):
-    assert difference(lambda out, x: out, dtype, "read") is None
+@pytest.mark.parametrize("op", ["read", "reads"])
+def test_the_reference_is_no_different_from_itself(op, dtype):
+    assert difference(lambda out, x: out, dtype, op) is None
+
+
+@can_run
+@pytest.mark.parametrize(
+    "op", ["reads", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+)
+def test_the_fused_operation_passes_its_check(op, monkeypatch):
+    monkeypatch.setattr(cases_module, "SEQUENCE", 4)
+    one = Case(op, 16, 1 if op == "additive" else 2, 4 if op == "expand" else 0, 8, torch.bfloat16)
+    if op in ("read", "reads", "reduce"):
+        one = replace(one, kernel_size=2)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    inputs = make_inputs(one, torch.device(DEVICE), generator)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = operation_difference(one, partial(OPS[op], backend="triton"), inputs, generator)
+    assert found is None
 
 
 @pytest.fixture
@@ -149,4 +173,4 @@ def test_a_provider_that_breaks_is_a_row_and_not_the_end(monkeypatch, capsys):
 def test_every_operation_runs_on_a_cpu(capsys):
     words = "bench op --width 16 --tokens 1024 --providers reference --repeats 1"
     assert deep_delta_cli.main(words.split()) == 0
-    assert capsys.readouterr().out.count(" backward |") == 11
+    assert capsys.readouterr().out.count(" backward |") == 14

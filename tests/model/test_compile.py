@@ -50,13 +50,18 @@ def test_all_layers_share_their_graphs(variant, quick_compile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rebuild", "graphs"), [(0, GRAPHS), (3, GRAPHS + 1)])
-def test_fused_layers_compile_whole(rebuild, graphs, quick_compile):
+@pytest.mark.parametrize(
+    ("rebuild", "checkpointing", "graphs"),
+    [(1, False, GRAPHS), (3, False, GRAPHS + 1), (3, True, GRAPHS)],
+)
+def test_fused_layers_compile_whole(rebuild, checkpointing, graphs, quick_compile):
     """No graph break around the kernels; a layer with a longer trail is one graph more."""
     pytest.importorskip("triton", reason="the fused kernels need triton")
     options = {"backend": "triton", "rebuild": rebuild, "num_hidden_layers": 4}
     try:
         plain, model = (shaken(tiny_model("ddl-cc", **options), 0.1).train() for _ in range(2))
+        if checkpointing:
+            model.gradient_checkpointing_enable()
         ids = token_ids(2, 3)
         loss_of(plain, ids).backward()
     except ValueError as refused:

@@ -64,11 +64,25 @@ def test_option_is_the_reference(case):
 @slow
 @pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc", "additive-expanded"])
 def test_rebuilding_changes_no_gradient(variant):
-    config = tiny_config(variant)
-    kept = step(config, "triton")
-    config.rebuild = 3
-    for name, gradient in step(config, "triton").items():
-        assert torch.equal(gradient, kept[name]), name
+    stored = step(tiny_config(variant, rebuild=0), "triton")
+    for rebuild in (1, 3):
+        for name, gradient in step(tiny_config(variant, rebuild=rebuild), "triton").items():
+            assert torch.equal(gradient, stored[name]), name
+
+
+@pytest.mark.parametrize("variant", ["ddl-cc", pytest.param("additive-expanded", marks=slow)])
+def test_rebuilding_changes_no_logit_and_no_hidden_state(variant):
+    ids, outputs = token_ids(1, 4).to(DEVICE), []
+    for rebuild in (0, 1, "memory"):
+        torch.manual_seed(0)
+        config = tiny_config(variant, rebuild=rebuild, backend="triton")
+        model = shaken(DeepDeltaForCausalLM(config), 0.1).eval().to(DEVICE)
+        with torch.no_grad():
+            outputs.append(model(ids, use_cache=False, output_hidden_states=True))
+    for other in outputs[1:]:
+        assert torch.equal(other.logits, outputs[0].logits)
+        for actual, expected in zip(other.hidden_states, outputs[0].hidden_states, strict=True):
+            assert torch.equal(actual, expected)
 
 
 @slow

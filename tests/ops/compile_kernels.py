@@ -83,7 +83,10 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     forward_types |= {"x_in_out": STATE} if taps > 1 else {}
     forward_types |= {"gate_logits": WIDE, "value_logits": WIDE}
     forward_types |= {"context": STATE} if reads else {}
-    yield "forward", forward.forward, forward_types, sizes, plan("forward", width, channels, taps)
+    past: dict[str, Any] = {"trail_h": (STATE,) * trail, "trail_row": (WIDE,) * trail}
+    past_types, past_none = (past, {}) if trail else ({}, past)
+    warps = plan("forward", width, channels, taps)
+    yield "forward", forward.forward, forward_types | past_types, sizes | past_none, warps
 
     sizes = shape(width, channels, taps, gates, whole=False)
     logits = {"d_gates": WIDE, "d_values": WIDE} if gates else {}
@@ -106,12 +109,8 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     types |= {"row_in": WIDE, "stats": WIDE} | ({"d_context": dx_in} if reads else {})
     types |= {"dx_new": STATE, "dx_token": "i32", "dx_channel": "i32"} if store else {}
     sizes["UNIT"] = "direction_eps" in write
-    if trail:
-        types |= {"trail_h": (STATE,) * trail, "trail_row": (WIDE,) * trail}
-    else:
-        sizes |= {"trail_h": (), "trail_row": ()}
     warps = plan("backward", width, channels, taps)
-    yield "backward", backward.backward, types, sizes, warps
+    yield "backward", backward.backward, types | past_types, sizes | past_none, warps
 
 
 DELTA = ("h", "target", "erase", "direction_eps")

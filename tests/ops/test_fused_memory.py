@@ -4,13 +4,15 @@ How tokens are shared out must not matter, two runs must agree bit for bit, and 
 rebuilt must be the one that was kept.
 """
 
+import functools
+
 import pytest
 import torch
 from fused_cases import DEVICE, DOCUMENTS, READS, Case, can_run, chain, measure, right, same
 from helpers import normal
 from torch.utils.flop_counter import FlopCounterMode
 
-from deep_delta.ops import expand_embeddings, launch, read_state
+from deep_delta.ops import apply_write, expand_embeddings, launch, read_state, reduce_state
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytestmark = can_run
@@ -131,6 +133,41 @@ def test_gradients_from_rebuilt_states_are_those_from_kept_ones_bit_for_bit(
     assert lengths == [0, *(i % (rebuild + 1) for i in range(1, READS))]
 
 
+@pytest.mark.parametrize("rebuild", [1, 3])
+def test_what_stands_in_for_a_state_is_never_read(rebuild, poison):
+    """Neither by the next read nor by a backward pass; a state that is stored is whole."""
+    expected = chain(0, torch.float32, 1, True, [])
+    states: list[torch.Tensor] = []
+    trails: list = []
+    poison()
+    same(chain(rebuild, torch.float32, 1, True, trails, states=states), expected)
+    for state, trail in zip(states, trails, strict=True):
+        assert state.isnan().all() if trail else not state.isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_state_that_was_not_stored_can_be_asked_for(backend):
+    case = Case(taps=1, channels=2)
+    inputs = {name: t.float().to(DEVICE) for name, t in case.tensors().items()}
+    options = {**case.fixed(), "norm_eps": 1e-5}
+    stored = read_state(**inputs, **options, backend="triton")
+    left = read_state(**inputs, **options, backend="triton", rebuild=1)
+    assert stored.trail is None
+    assert left.trail is not None
+    assert torch.equal(apply_write(left.state, trail=left.trail, backend=backend), stored.state)
+    # Whatever comes next finds the same state: another write, or a read by the other backend.
+    write = {name: inputs[name] for name in ("direction", "target", "erase")}
+    for call in (apply_write, functools.partial(reduce_state, kernel=inputs["kernel"])):
+        then = call(left.state, **write, eps=0.3, trail=left.trail, backend=backend)
+        assert torch.equal(then, call(stored.state, **write, eps=0.3, backend=backend))
+    inputs["state"] = left.state
+    again = read_state(**inputs, **options, trail=left.trail, backend=backend)
+    inputs["state"] = stored.state
+    whole = read_state(**inputs, **options, backend=backend)
+    for actual, expected in zip(again, whole, strict=True):
+        assert actual is expected is None or torch.equal(actual, expected)
+
+
 def states_kept(rebuild: int) -> int:
     shapes = {}
 
@@ -193,12 +230,12 @@ def operator_arguments() -> dict[str, list[tuple]]:
     expansion = torch.randn(4, 63, device=DEVICE), torch.randn(2, 3, 63, device=DEVICE)
     return {
         "read_state": [
-            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, True, starts, 2, True, True,
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, True, starts, 2, True, False, True,
              torch.float32, None, [], []),
-            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, False, None, 2, True, True,
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, False, None, 2, True, False, True,
              torch.float16, none, [plain[0]], [row]),
             (scalar, None, None, None, None, None, None, 0.0, None, None, False, None, 2, False,
-             True, torch.float32, None, [], []),
+             False, True, torch.float32, None, [], []),
         ],
         "read_state_backward": [
             (none, [plain[0]], [row], plain[0], row, stats, x_in, *plain[1:], True, *weights, *rows,
@@ -236,7 +273,7 @@ def test_what_was_not_kept_is_asked_for_in_one_line():
     (x,) = flat("state", case=Case(taps=None, channels=1, tokens=2))
     read = torch.ops.deep_delta.read_state
     out = read(x, None, None, None, None, None, None, 0.0, None, None, False, None, 2, False, False,
-               torch.float32, None, [], [])  # fmt: skip
+               False, torch.float32, None, [], [])  # fmt: skip
     with pytest.raises(RuntimeError, match="keep=True"):
         out[4].sum().backward()
 

@@ -18,6 +18,7 @@ from deep_delta.ops.kernels.tiles import (
     load_state,
     load_vector,
     load_weight,
+    rebuild,
     store_vector,
     sum_many,
     widen,
@@ -147,15 +148,6 @@ def norm_backward(
 
 
 @triton.jit
-def rebuild(channels, keys, rows, DTYPE: tl.constexpr):
-    """A piece of X from an earlier one and the writes since, with the forward's roundings."""
-    channels = widen(channels)
-    for i in tl.static_range(len(keys)):
-        channels = add_outer(channels, keys[i].to(tl.float32), rows[i], DTYPE)
-    return channels
-
-
-@triton.jit
 def fetch_backward(
     x,
     x_token,
@@ -186,25 +178,18 @@ def fetch_backward(
 ):
     """Everything that `backward` reads at one token, as it lies in memory."""
     state = fetch_state(
-        x, x_token, x_channel, x_feature, h, target, erase, token, D, DV, PIECES, BLOCK
-    )
+        x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase, token, D, DV,
+        PIECES, BLOCK,
+    )  # fmt: skip
     row = ()
     if h is not None:
         row = load_row(row_in + token * DV, DV)
     numbers = ()
     if stats is not None:
         numbers = load_row(stats + token * (2 * DV + 2), 2 * DV + 2)
-    past_rows = ()
-    for i in tl.static_range(len(trail_h)):
-        past_rows = past_rows + (load_row(trail_row[i] + token * DV, DV),)
-    past_keys = ()
     grads = ()
-    for p in tl.static_range(PIECES):
-        keys = ()
-        for i in tl.static_range(len(trail_h)):
-            keys = keys + (load_vector(trail_h[i], token, p, D, BLOCK),)
-        past_keys = past_keys + (keys,)
-        if dx_new is not None:
+    if dx_new is not None:
+        for p in tl.static_range(PIECES):
             grads = grads + (
                 load_state(dx_new, dx_token, dx_channel, dx_feature, token, p, D, DV, BLOCK),
             )
@@ -213,7 +198,7 @@ def fetch_backward(
         gradient = fetch_gradient(
             d_context, d_gates, d_values, read_token, D, GATES, VALUES, PIECES, BLOCK
         )
-    return state, row, numbers, past_keys, past_rows, grads, gradient
+    return state, row, numbers, grads, gradient
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -286,8 +271,8 @@ def backward(
         tl.minimum(first + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
     )  # fmt: skip
     for token in range(first, end):
-        state, row, numbers, past_keys, past_rows, grads, gradient = ahead
-        raw, raw_keys, entries, strengths = state
+        state, row, numbers, grads, gradient = ahead
+        raw, past_keys, past_rows, raw_keys, entries, strengths = state
         after = tl.minimum(token + 1, end - 1)
         ahead = fetch_backward(
             x, x_token, x_channel, x_feature, trail_h, trail_row, h, row_in, stats, target, erase,

@@ -7,7 +7,8 @@ state, g the norm's weight, c = x_in·rstd·g the context.
 A program walks along neighbouring tokens. All of a token's sums over d are made in two reductions,
 because a reduction costs more than the arithmetic around it; and the loads of the next token run
 under the arithmetic of this one. An argument that is None is not there: no pending write, no norm,
-nothing to store.
+nothing to store. Where X itself was not stored, `x` is an earlier state and the trail holds the
+writes since.
 """
 
 import triton
@@ -22,9 +23,9 @@ from deep_delta.ops.kernels.tiles import (
     load_state,
     load_vector,
     load_weight,
+    rebuild,
     store_vector,
     sum_many,
-    widen,
     zero_vectors,
 )
 
@@ -35,6 +36,8 @@ def fetch_state(
     x_token,
     x_channel,
     x_feature,
+    trail_h,
+    trail_row,
     h,
     target,
     erase,
@@ -44,22 +47,30 @@ def fetch_state(
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """X and its pending write at one token, as they lie in memory."""
+    """The stored state, the writes since, and the pending one at one token, as they lie there."""
     channels = ()
+    past_keys = ()
     keys = ()
     for p in tl.static_range(PIECES):
         channels = channels + (
             load_state(x, x_token, x_channel, x_feature, token, p, D, DV, BLOCK),
         )
+        past = ()
+        for i in tl.static_range(len(trail_h)):
+            past = past + (load_vector(trail_h[i], token, p, D, BLOCK),)
+        past_keys = past_keys + (past,)
         if h is not None:
             keys = keys + (load_vector(h, token, p, D, BLOCK),)
+    past_rows = ()
+    for i in tl.static_range(len(trail_h)):
+        past_rows = past_rows + (load_row(trail_row[i] + token * DV, DV),)
     entries = ()
     strength = ()
     if target is not None:
         entries = load_row(target + token * DV, DV)
     if erase is not None:
         strength = load_row(erase + token, 1)
-    return channels, keys, entries, strength
+    return channels, past_keys, past_rows, keys, entries, strength
 
 
 @triton.jit
@@ -102,6 +113,8 @@ def forward(
     x_token,
     x_channel,
     x_feature,
+    trail_h,
+    trail_row,
     h,
     target,
     erase,
@@ -148,22 +161,24 @@ def forward(
     for _ in tl.static_range(PIECES):
         carried = carried + (zero_vectors(halo, BLOCK),)
     ahead = fetch_state(
-        x, x_token, x_channel, x_feature, h, target, erase, begin, D, DV, PIECES, BLOCK
-    )
+        x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase, begin, D, DV,
+        PIECES, BLOCK,
+    )  # fmt: skip
     for token in range(begin, end):
-        raw, raw_keys, entries, strength = ahead
+        raw, past_keys, past_rows, raw_keys, entries, strength = ahead
         if WALK:
             after = tl.minimum(token + 1, end - 1)
             ahead = fetch_state(
-                x, x_token, x_channel, x_feature, h, target, erase, after, D, DV, PIECES, BLOCK
-            )
+                x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase, after, D,
+                DV, PIECES, BLOCK,
+            )  # fmt: skip
         own = token >= first
 
         state = ()
         keys = ()
         products = ()
         for p in tl.static_range(PIECES):
-            channels = widen(raw[p])
+            channels = rebuild(raw[p], past_keys[p], past_rows, x.dtype.element_ty)
             state = state + (channels,)
             if h is not None:
                 key = raw_keys[p].to(tl.float32)

@@ -94,6 +94,15 @@ def add_outer(x, h, row, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rebuild(channels, keys, rows, DTYPE: tl.constexpr):
+    """A piece of X from a stored state and the writes since, with the roundings they had."""
+    channels = widen(channels)
+    for i in tl.static_range(len(keys)):
+        channels = add_outer(channels, keys[i].to(tl.float32), rows[i], DTYPE)
+    return channels
+
+
+@triton.jit
 def accumulate(totals, terms):
     """totals + terms, vector by vector. Both have the same length, above zero: Triton names a
     specialisation by the types in its tuples and would take two of one and none for one of each.
