@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--taps", type=int, default=1, help="0 for d_v = 1")
     parser.add_argument("--trail", type=int, default=0, help="writes since the stored state")
     parser.add_argument("--leave", action="store_true", help="forward does not store the state")
+    parser.add_argument("--ahead", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--kernel", choices=("forward", "backward"), default="forward")
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--programs", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -105,7 +106,7 @@ def main() -> None:
     grid = itertools.product(options.warps, options.programs, options.registers, (False, True))
     for warps, programs, registers, whole in grid:
         limit = {"maxnreg": registers} if registers else {}
-        chosen = (programs, {"num_warps": warps, **limit})
+        chosen = (programs, {"num_warps": warps, "AHEAD": options.ahead, **limit})
         fused.plan = lambda kernel, *size, chosen=chosen: (
             chosen if kernel == options.kernel else PLAN(kernel, *size)
         )

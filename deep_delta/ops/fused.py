@@ -88,7 +88,6 @@ def read_state(
         chunk,
         direction_eps,
         norm_eps,
-        WALK=walk,
         VALUE_ON_STATE=value_on_state,
         **options,
         **shape,

@@ -31,22 +31,25 @@ def processors(device: torch.device) -> int:
 
 
 def plan(kernel: str, width: int, channels: int, taps: int) -> tuple[int, dict]:
-    """Programs for each processor, 0 for one a token, and the compiler's options.
+    """Programs for each processor, 0 for one a token, and the kernel's and compiler's options.
 
     Measured on an H100. The backward pass fills the registers, 255 of each thread: its sums for
     d_v = 4 want 6 to 8 features of a thread, and eight warps are all that a processor then holds.
+    From d·d_v = 6144 on (forward: above 8192) one token is enough to keep the memory busy, and
+    what would hold the next one is needed: AHEAD is off.
     """
     if kernel == "norm":
         return 8, {"num_warps": 2}
-    warps = 1
-    while warps < min(width * channels / 768, 32):
+    size, warps = width * channels, 1
+    while warps < min(size / 768, 32):
         warps *= 2
     if kernel == "backward":
-        return max(8 // warps, 1), {"num_warps": warps}
+        registers = {"maxnreg": 2048 // warps} if warps > 8 else {}
+        return max(8 // warps, 1), {"num_warps": warps, "AHEAD": size < 6144, **registers}
     if channels == 1 and taps <= 1:  # with more taps a program must walk
-        return 0, {"num_warps": 2 * warps}
-    registers = {"maxnreg": 128} if warps <= 16 else {}
-    return max(16 // warps, 1), {"num_warps": warps, **registers}
+        return 0, {"num_warps": 2 * warps, "AHEAD": False}
+    registers = {"maxnreg": min(128, 2048 // warps)}
+    return max(16 // warps, 1), {"num_warps": warps, "AHEAD": size <= 8192, **registers}
 
 
 def share_of(tokens: int, device: torch.device, per_processor: int, least: int = 1) -> int:

@@ -24,9 +24,11 @@ STATE, WIDE = "*bf16", "*fp32"
 RUNTIME = {"tokens": "i32", "length": "i32", "chunk": "i32", "norm_eps": "fp32"}
 
 
-def spilled(kernel: Any, types: dict[str, Any], constants: dict[str, Any], warps: int, cap: int):
+def spilled(kernel: Any, types: dict[str, Any], constants: dict[str, Any], options: dict, cap: int):
     """Compile to PTX and on to machine code; the bytes that ptxas spills."""
     signature, constexprs, attributes = {}, {}, {}
+    options = dict(options)
+    constants = constants | {"AHEAD": options.pop("AHEAD", False)}
     for i, name in enumerate(kernel.arg_names):
         kind = types.get(name)
         if name in constants or kind is None:  # what is not there is a constant None
@@ -40,7 +42,7 @@ def spilled(kernel: Any, types: dict[str, Any], constants: dict[str, Any], warps
                 attributes[(i,)] = aligned
     source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     target = GPUTarget("cuda", cap, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["cubin"]
     # The one for Blackwell has a name of its own and knows the older ones too.
     ptxas = max(PTXAS.glob("ptxas*"))
@@ -61,12 +63,11 @@ def shape(width: int, channels: int, taps: int, gates: int, whole: bool) -> dict
         "D": width, "DV": channels, "K": taps, "GATES": gates, "VALUES": values, "BLOCK": block,
         "PIECES": -(-width // block), "VALUE_ON_STATE": bool(gates), "x_feature": 1,
         "dx_feature": 1, "STATS": 2 * channels + 2, "RSTD": channels + 1,
-        "WALK": channels > 1 or taps > 1,
     }  # fmt: skip
 
 
-def plan(kernel: str, *size: int) -> int:
-    return launch.plan(kernel, *size)[1]["num_warps"]
+def plan(kernel: str, *size: int) -> dict[str, int]:
+    return launch.plan(kernel, *size)[1]
 
 
 def read(width, channels, taps, gates, write, norm=True, store=True, reads=True, trail=0):
@@ -77,7 +78,8 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     weights = {"norm": WIDE} if norm else {}
     weights |= {"gate": WIDE, "value": WIDE} if gates else {}
     taps_given = {"taps": WIDE} if taps else {}
-    sizes = shape(width, channels, taps, gates, whole=taps <= 1)
+    walks = launch.plan("forward", width, channels, taps)[0] > 0
+    sizes = shape(width, channels, taps, gates, whole=not walks)
     forward_types = common | weights | taps_given | {"row_out": WIDE}
     forward_types |= {"stats": WIDE, "x_new": STATE} if store else {"stats": WIDE}
     forward_types |= {"x_in_out": STATE} if taps > 1 else {}
@@ -85,8 +87,8 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     forward_types |= {"context": STATE} if reads else {}
     past: dict[str, Any] = {"trail_h": (STATE,) * trail, "trail_row": (WIDE,) * trail}
     past_types, past_none = (past, {}) if trail else ({}, past)
-    warps = plan("forward", width, channels, taps)
-    yield "forward", forward.forward, forward_types | past_types, sizes | past_none, warps
+    options = plan("forward", width, channels, taps)
+    yield "forward", forward.forward, forward_types | past_types, sizes | past_none, options
 
     sizes = shape(width, channels, taps, gates, whole=False)
     logits = {"d_gates": WIDE, "d_values": WIDE} if gates else {}
@@ -99,8 +101,8 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
             "dx_in_out": WIDE,
             "partial": WIDE,
         }
-        warps = plan("norm", width, 1, 1)
-        yield "norm_backward", backward.norm_backward, first, sizes, warps
+        options = plan("norm", width, 1, 1)
+        yield "norm_backward", backward.norm_backward, first, sizes, options
         weights, logits = {}, {}
         sizes = shape(width, channels, taps, 0, whole=False)
     types = common | weights | taps_given | logits
@@ -109,8 +111,8 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     types |= {"row_in": WIDE, "stats": WIDE} | ({"d_context": dx_in} if reads else {})
     types |= {"dx_new": STATE, "dx_token": "i32", "dx_channel": "i32"} if store else {}
     sizes["UNIT"] = "direction_eps" in write
-    warps = plan("backward", width, channels, taps)
-    yield "backward", backward.backward, types | past_types, sizes | past_none, warps
+    options = plan("backward", width, channels, taps)
+    yield "backward", backward.backward, types | past_types, sizes | past_none, options
 
 
 DELTA = ("h", "target", "erase", "direction_eps")
@@ -131,8 +133,8 @@ def expansion(channels: int = 4, taps: int = 4):
     types = RUNTIME | {"x": STATE, "taps": WIDE, "starts": "*i1", "partial": WIDE, "dx": STATE}
     types |= {"out": STATE, "d_out": STATE}
     sizes = {"D": 768, "DV": channels, "K": taps, "BLOCK": 256}
-    yield "expand_forward", embedding.expand_forward, types, sizes, 2
-    yield "expand_backward", embedding.expand_backward, types, sizes, 2
+    yield "expand_forward", embedding.expand_forward, types, sizes, {"num_warps": 2}
+    yield "expand_backward", embedding.expand_backward, types, sizes, {"num_warps": 2}
 
 
 def main() -> None:

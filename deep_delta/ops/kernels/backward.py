@@ -234,6 +234,7 @@ def backward(
     tokens,
     length,
     chunk,
+    AHEAD: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -271,14 +272,16 @@ def backward(
         tl.minimum(first + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
     )  # fmt: skip
     for token in range(first, end):
-        state, row, numbers, grads, gradient = ahead
-        raw, past_keys, past_rows, raw_keys, entries, strengths = state
-        after = tl.minimum(token + 1, end - 1)
-        ahead = fetch_backward(
+        fetched = tl.minimum(token + 1, end - 1) if AHEAD else token
+        loaded = fetch_backward(
             x, x_token, x_channel, x_feature, trail_h, trail_row, h, row_in, stats, target, erase,
-            dx_new, dx_token, dx_channel, dx_feature, d_context, d_gates, d_values, after,
-            tl.minimum(after + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
+            dx_new, dx_token, dx_channel, dx_feature, d_context, d_gates, d_values, fetched,
+            tl.minimum(fetched + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
         )  # fmt: skip
+        state, row, numbers, grads, gradient = ahead if AHEAD else loaded
+        if AHEAD:
+            ahead = loaded
+        raw, past_keys, past_rows, raw_keys, entries, strengths = state
         d_contexts, d_logits = gradient
 
         # Which tokens after this one saw it: all, unless a document ends between them.

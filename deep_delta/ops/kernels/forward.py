@@ -140,7 +140,7 @@ def forward(
     K: tl.constexpr,
     GATES: tl.constexpr,
     VALUES: tl.constexpr,
-    WALK: tl.constexpr,
+    AHEAD: tl.constexpr,
     VALUE_ON_STATE: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -148,8 +148,8 @@ def forward(
     """X' and r; x_in or, with a norm, the context and its logits; the numbers a token keeps.
 
     Those are, for the backward pass, s·hᵀX (d_v), s, rstd and Σ_i c_ij x_in,i h_i (d_v): with them
-    it needs one reduction instead of two. With WALK a program has several tokens; with K > 1 what
-    a token hands to the next K − 1 stays in registers, and a program starts K − 1 tokens early.
+    it needs one reduction instead of two. With K > 1 what a token hands to the next K − 1 stays in
+    registers, and a program starts K − 1 tokens early.
     """
     first = tl.program_id(0).to(tl.int64) * chunk
     halo: tl.constexpr = K - 1 if K > 1 else 0
@@ -165,13 +165,13 @@ def forward(
         PIECES, BLOCK,
     )  # fmt: skip
     for token in range(begin, end):
-        raw, past_keys, past_rows, raw_keys, entries, strength = ahead
-        if WALK:
-            after = tl.minimum(token + 1, end - 1)
-            ahead = fetch_state(
-                x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase, after, D,
-                DV, PIECES, BLOCK,
-            )  # fmt: skip
+        loaded = fetch_state(
+            x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase,
+            tl.minimum(token + 1, end - 1) if AHEAD else token, D, DV, PIECES, BLOCK,
+        )  # fmt: skip
+        raw, past_keys, past_rows, raw_keys, entries, strength = ahead if AHEAD else loaded
+        if AHEAD:
+            ahead = loaded
         own = token >= first
 
         state = ()

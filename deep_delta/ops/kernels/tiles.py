@@ -133,48 +133,44 @@ def is_start(starts, token, length):
 
 @triton.jit
 def sum_all(vectors):
-    """The sums of up to eight vectors, as one reduction: one barrier round instead of eight."""
+    """The sums of up to 32 vectors, as one reduction: one round of barriers instead of one each.
+
+    They are joined pairwise into one tensor, summed, and split again; the zeros that fill up to a
+    power of two cost nothing, because the compiler sees them.
+    """
     count: tl.constexpr = len(vectors)
-    tl.static_assert(count <= 8)
-    v = vectors
-    for _ in tl.static_range(8 - count):
-        v = v + (tl.zeros_like(vectors[0]),)
-    if count > 4:
-        even = tl.join(tl.join(v[0], v[4]), tl.join(v[2], v[6]))
-        odd = tl.join(tl.join(v[1], v[5]), tl.join(v[3], v[7]))
-        even, odd = tl.split(tl.sum(tl.join(even, odd), 0))
-        v04, v26 = tl.split(even)
-        v15, v37 = tl.split(odd)
-        v0, v4 = tl.split(v04)
-        v2, v6 = tl.split(v26)
-        v1, v5 = tl.split(v15)
-        v3, v7 = tl.split(v37)
-        padded = (v0, v1, v2, v3, v4, v5, v6, v7)
-    elif count > 2:
-        joined = tl.join(tl.join(v[0], v[2]), tl.join(v[1], v[3]))
-        v02, v13 = tl.split(tl.sum(joined, 0))
-        v0, v2 = tl.split(v02)
-        v1, v3 = tl.split(v13)
-        padded = (v0, v1, v2, v3)
-    elif count == 2:
-        v0, v1 = tl.split(tl.sum(tl.join(v[0], v[1]), 0))
-        padded = (v0, v1)
-    else:
-        padded = (tl.sum(v[0], 0),)
-    sums = ()
+    levels: tl.constexpr = (count > 1) + (count > 2) + (count > 4) + (count > 8) + (count > 16)
+    joined = vectors
+    for _ in tl.static_range((1 << levels) - count):
+        joined = joined + (tl.zeros_like(vectors[0]),)
+    for _ in tl.static_range(levels):
+        pairs = ()
+        for i in tl.static_range(len(joined) // 2):
+            pairs = pairs + (tl.join(joined[i], joined[i + len(joined) // 2]),)
+        joined = pairs
+    sums = (tl.sum(joined[0], 0),)
+    for _ in tl.static_range(levels):
+        first = ()
+        second = ()
+        for i in tl.static_range(len(sums)):
+            one, other = tl.split(sums[i])
+            first = first + (one,)
+            second = second + (other,)
+        sums = first + second
+    wanted = ()
     for i in tl.static_range(count):
-        sums = sums + (padded[i],)
-    return sums
+        wanted = wanted + (sums[i],)
+    return wanted
 
 
 @triton.jit
 def sum_many(vectors):
-    """The sums of any number of vectors, eight at a time."""
+    """The sums of any number of vectors, 32 at a time."""
     count: tl.constexpr = len(vectors)
     sums = ()
-    for first in tl.static_range(0, count, 8):
+    for first in tl.static_range(0, count, 32):
         group = ()
-        for i in tl.static_range(min(8, count - first)):
+        for i in tl.static_range(min(32, count - first)):
             group = group + (vectors[first + i],)
         sums = sums + sum_all(group)
     return sums
