@@ -64,7 +64,7 @@ def calls(width: int, channels: int, taps: int, trail: int, store: bool) -> dict
     def forward():
         return fused.read_state(
             x, h, target, erase, 1e-5, kernel, norm, 1e-5, gate, value, True, None, LENGTH,
-            store, not store, True, torch.bfloat16, earlier, past, rows,
+            "stored" if store else "stand-in", True, torch.bfloat16, earlier, past, rows,
         )  # fmt: skip
 
     _, row, stats, x_in, context, d_gates, d_values = forward()
@@ -94,9 +94,10 @@ def main() -> None:
     options = parser.parse_args()
     unit = TOKENS * options.width * 2
     channels = options.channels
+    window = options.taps > 1  # x_in; x_in, and dx_in in fp32 instead of dc
     bytes_moved = {
-        "forward": ((1 if options.leave else 2) * channels + 2 + options.trail) * unit,
-        "backward": (3 * channels + 3 + options.trail) * unit,
+        "forward": ((1 if options.leave else 2) * channels + 2 + options.trail + window) * unit,
+        "backward": (3 * channels + 3 + options.trail + 5 * window) * unit,
     }[options.kernel]
     copy = copy_bandwidth()
     call = calls(options.width, channels, options.taps, options.trail, not options.leave)[

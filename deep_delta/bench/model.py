@@ -195,7 +195,7 @@ class Benchmark:
             "name": subject.variant,
             "provider": subject.provider,
             "timing": timing,
-            "settings": f"{self.setup} rebuild={subject.config().states_rebuilt}",
+            "settings": subject.settings,
             "dtype": self.setup.state_dtype,
             "status": status,
         }

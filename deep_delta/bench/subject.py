@@ -69,6 +69,12 @@ class Subject:
         rebuilt = f", rebuild {self.rebuild}" if self.rebuild != "speed" else ""
         return f"{self.variant} ({self.provider}{rebuilt})"
 
+    @property
+    def settings(self) -> str:
+        """The setup, and what is rebuilt where that is a choice."""
+        rebuilt = f" rebuild={self.rebuild}" if self.provider == "triton" else ""
+        return f"{self.setup}{rebuilt}"
+
     def config(self) -> DeepDeltaConfig:
         """The model's configuration; ValueError for a combination that does not exist."""
         backend = BACKENDS[self.provider]

@@ -18,9 +18,9 @@ def compile_layers(model: DeepDeltaForCausalLM) -> DeepDeltaForCausalLM:
     `linear_cross_entropy`. Names of parameters and saved files stay as they are. Nothing is
     compiled before the first call; a graph that cannot be compiled whole raises there.
 
-    Two graphs serve all layers, since the first finds no pending write in the state; training and
-    evaluation each have theirs. The first other batch shape costs one more, which then serves
-    every shape (torch's default for `dynamic`).
+    Two graphs serve all layers, since the first finds no pending write in the state, or four where
+    states are rebuilt over several layers; training and evaluation each have theirs. The first
+    other batch shape costs one more, which then serves every shape (torch's default for `dynamic`).
 
     Returns:
         The model it was given.

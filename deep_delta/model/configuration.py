@@ -57,7 +57,8 @@ class DeepDeltaConfig(PreTrainedConfig):
         backend: "auto", "reference" or "triton": which implementation of the delta rule runs.
         rebuild: how many states between two stored ones are rebuilt where they are needed
             ("triton"; the result is the same, bit for bit): "speed" trains fastest, "memory" needs
-            hardly more than an additive model, or a number; see `states_rebuilt`.
+            hardly more than an additive model, or a number (each more is one more kernel to
+            compile); see `states_rebuilt`.
 
     Raises:
         ValueError: an unknown field, or a combination that has no meaning; one line each.
@@ -147,10 +148,10 @@ class DeepDeltaConfig(PreTrainedConfig):
     def states_rebuilt(self) -> int:
         """`rebuild` as a number.
 
-        With channels every second state is cheaper to rebuild twice than to write and read; a
-        vector state is not.
+        From three channels on every second state is cheaper to rebuild twice, forward and
+        backward, than to write and read; below it is not.
         """
-        named = {"speed": 1 if self.value_channels > 1 else 0, "memory": 5}
+        named = {"speed": 1 if self.value_channels > 2 else 0, "memory": 5}
         return named[self.rebuild] if isinstance(self.rebuild, str) else self.rebuild
 
     @classmethod

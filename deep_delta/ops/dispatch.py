@@ -6,6 +6,7 @@ function; what they round, and where, is in `README.md` beside this file.
 """
 
 import importlib.util
+import math
 import os
 from typing import NamedTuple
 
@@ -65,6 +66,8 @@ def resolve_backend(backend: str, state: Tensor | None = None) -> str:
 def _why_not_triton(state: Tensor | None) -> str | None:
     if not HAS_TRITON:
         return "needs the package triton (pip install 'deep-delta-learning[triton]')"
+    if torch.version.hip:
+        return "has launch options for NVIDIA GPUs only"
     if state is None:
         return None
     if state.device.type != "cuda" and not INTERPRETED:
@@ -107,8 +110,20 @@ def _check_read(
         _check_shape("kernel", kernel, (kernel.shape[0], channels, width), state)
     for name, weight in rows.items():
         if weight is not None:
-            _check_shape(name, weight, (*weight.shape[:-1], width), state)
+            rows_of = () if name == "norm_weight" else weight.shape[:1]
+            _check_shape(name, weight, (*rows_of, width), state)
     _check_shape("segments", segments, tuple(lead), state)
+
+
+def _check_trail(state: Tensor, trail: Trail | None) -> None:
+    """A trail belongs to the whole state that was read with it, not to a part of it."""
+    if trail is None:
+        return
+    *lead, width, channels = state.shape
+    _check_shape("trail.state", trail.state, tuple(state.shape), state)
+    for h, row in zip(trail.directions, trail.rows, strict=True):
+        _check_shape("trail.directions", h, (*lead, width), state)
+        _check_shape("trail.rows", row, (math.prod(lead), channels), state)
 
 
 def apply_write(
@@ -136,8 +151,11 @@ def apply_write(
         The new state, (..., d, d_v), in the state's dtype; computed in at least fp32.
     """
     _check_write(state, direction, target, erase)
-    if direction is None and trail is None:
-        return state
+    _check_trail(state, trail)
+    if direction is None:
+        if trail is None:
+            return state
+        target = erase = None
     if resolve_backend(backend, state) == "triton":
         return fused.apply_write(state, direction, target, erase, eps, trail)
     state = _stored(state, trail)
@@ -209,7 +227,7 @@ def read_state(
     """One read: apply the pending write, compress (§A.3), normalise, gate and value logits.
 
     The fused form of `apply_write`, `compress`, RMSNorm and two products with the context: X is
-    read once and written once.
+    read once, and written once or not at all.
 
     Args:
         state, direction, target, erase, eps: X (B, T, d, d_v) and its pending write, as in
@@ -220,7 +238,8 @@ def read_state(
         gate_weight: (G, d) rows whose products with the context are the gates' logits.
         value_weight: (V, d), the same for the value; with `value_on_state` the products are with
             the compressed state before the norm.
-        segments: (B, T), the document number of each token: the compressor looks at no other.
+        segments: (B, T), the document number of each token, which never falls along T: the
+            compressor looks at no other document.
         context_dtype: dtype of the context; by default the norm weight's.
         trail: from the Reading that made `state`, if it has one.
         rebuild: how many states between two stored ones are rebuilt instead: by the next read,
@@ -235,6 +254,9 @@ def read_state(
     _check_write(state, direction, target, erase)
     rows = {"norm_weight": norm_weight, "gate_weight": gate_weight, "value_weight": value_weight}
     _check_read(state, kernel, rows, segments)
+    _check_trail(state, trail)
+    if direction is None:
+        target = erase = None
     context_dtype = context_dtype or norm_weight.dtype
     if resolve_backend(backend, state) == "reference":
         read = reference.read_state(
@@ -242,6 +264,8 @@ def read_state(
             gate_weight, value_weight, value_on_state, segments,
         )  # fmt: skip
         return Reading(read[0], read[1].to(context_dtype), *read[2:], None)
+    # Once, here: a copy made by each read that finds it in its trail would be kept by each.
+    direction = None if direction is None else direction.contiguous()
     past = trail or Trail(state.detach(), (), ())
     store = (
         direction is None
@@ -276,6 +300,9 @@ def reduce_state(
     """
     _check_write(state, direction, target, erase)
     _check_read(state, kernel, {}, segments)
+    _check_trail(state, trail)
+    if direction is None:
+        target = erase = None
     if resolve_backend(backend, state) == "reference":
         settled = reference.apply_write(_stored(state, trail), direction, target, erase, eps)
         return reference.compress(settled, kernel, segments)
@@ -299,6 +326,11 @@ def expand_embeddings(
         raise ValueError(
             f"embeddings {tuple(embeddings.shape)} (B, T, d) and kernel {tuple(kernel.shape)} "
             "(d, d_v, K) do not fit"
+        )
+    if segments is not None and segments.shape != embeddings.shape[:2]:
+        raise ValueError(
+            f"segments {tuple(segments.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
+            f"they must be {tuple(embeddings.shape[:2])}"
         )
     if resolve_backend(backend, embeddings) == "reference":
         expanded = reference.expand_embeddings(embeddings, kernel, segments)

@@ -18,11 +18,16 @@ def _work(state, h, erase, taps, gate, value) -> int:
     return tokens * width * work
 
 
+def _rebuilding(state, trail_h) -> int:
+    tokens, width, channels = state
+    return 2 * tokens * width * channels * len(trail_h)
+
+
 @register_flop_formula(torch.ops.deep_delta.read_state)
 def _forward_flops(
-    x, h, target, erase, eps, taps, norm, norm_eps, gate, value, *_, **__
+    x, h, target, erase, eps, taps, norm, norm_eps, gate, value, *rest, **__
 ) -> int:  # fmt: skip
-    return _work(x, h, erase, taps, gate, value)
+    return _work(x, h, erase, taps, gate, value) + _rebuilding(x, rest[-2])
 
 
 @register_flop_formula(torch.ops.deep_delta.read_state_backward)
@@ -31,9 +36,7 @@ def _backward_flops(
     **__,
 ) -> int:  # fmt: skip
     """Twice the forward, as usual; rebuilding X comes on top."""
-    tokens, width, channels = x
-    again = 2 * tokens * width * channels * len(trail_h)
-    return 2 * _work(x, h, erase, taps, gate, value) + again
+    return 2 * _work(x, h, erase, taps, gate, value) + _rebuilding(x, trail_h)
 
 
 @register_flop_formula(torch.ops.deep_delta.expand)

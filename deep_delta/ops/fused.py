@@ -12,6 +12,7 @@ from torch import Tensor
 from deep_delta.ops.kernels import backward, forward
 from deep_delta.ops.launch import (
     channel_major,
+    compact,
     document_starts,
     partial_sums,
     plan,
@@ -38,8 +39,7 @@ def read_state(
     value_on_state: bool,
     starts: Tensor | None,
     length: int,
-    store: bool,
-    carry: bool,
+    new_state: str,
     keep: bool,
     context_dtype: torch.dtype | None,
     trail_x: Tensor | None,
@@ -49,23 +49,23 @@ def read_state(
     """Settle, compress, normalise: (X', r, stats, x_in, context, gate logits, value logits).
 
     With a trail X is rebuilt from it, here and in the backward pass, and `x` has X's shape and
-    gradient but is not read. With `carry` instead of `store` X' is such a stand-in too: memory
-    that nobody writes.
+    gradient but is not read. `new_state` says what X' is: "stored", such a "stand-in" too (memory
+    that nobody writes), or "none".
 
-    Outputs that are not asked for are empty: X' without both, what only a backward pass needs
+    Outputs that are not asked for are empty: X' with "none", what only a backward pass needs
     (stats, and x_in for K > 1) without `keep`, the context without `context_dtype`.
     """
-    out = _empty_outputs(x, h, taps, norm, gate, value, store or carry, keep, context_dtype)
+    out = _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype)
     x_new, row, stats, x_in, context, gates, values = out
     tokens, taps_count = x.shape[0], 0 if taps is None else taps.shape[0]
     per_processor, options = plan("forward", x.shape[1], x.shape[2], taps_count)
     walk = per_processor > 0
     shape = shape_of(x, taps, gate, value, whole=not walk)  # alone, a token gains by longer loads
     chunk = share_of(tokens, x.device, per_processor, least=4 * taps_count) if walk else 1
-    stored = x if trail_x is None else trail_x
+    source = compact(x if trail_x is None else trail_x)
     forward.forward[(-(-tokens // chunk),)](
-        stored,
-        *strides_of(stored),
+        source,
+        *strides_of(source),
         tuple(trail_h),
         tuple(trail_row),
         h,
@@ -76,7 +76,7 @@ def read_state(
         norm,
         gate,
         value,
-        x_new if store else None,
+        x_new if new_state == "stored" else None,
         row,
         stats if keep else None,
         x_in if x_in.numel() else None,
@@ -95,12 +95,12 @@ def read_state(
     return out
 
 
-def _empty_outputs(x, h, taps, norm, gate, value, has_x, keep, context_dtype):
+def _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype):
     tokens, width, channels = x.shape
     fp32 = {"dtype": torch.float32}
     keep_x_in = keep and norm is not None and taps is not None and taps.shape[0] > 1
     return (
-        channel_major(x) if has_x else x.new_empty(0),
+        x.new_empty(0) if new_state == "none" else channel_major(x),
         x.new_empty((tokens, channels) if h is not None else (0,), **fp32),
         x.new_zeros((tokens, 2 * channels + 2) if keep else (0,), **fp32),
         x.new_empty((tokens, width) if keep_x_in else (0,)),
@@ -112,8 +112,8 @@ def _empty_outputs(x, h, taps, norm, gate, value, has_x, keep, context_dtype):
 
 @read_state.register_fake
 def _(x, h, target, erase, direction_eps, taps, norm, norm_eps, gate, value, value_on_state,
-      starts, length, store, carry, keep, context_dtype, trail_x, trail_h, trail_row):  # fmt: skip
-    return _empty_outputs(x, h, taps, norm, gate, value, store or carry, keep, context_dtype)
+      starts, length, new_state, keep, context_dtype, trail_x, trail_h, trail_row):  # fmt: skip
+    return _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype)
 
 
 @torch.library.custom_op("deep_delta::read_state_backward", mutates_args=())
@@ -144,6 +144,7 @@ def read_state_backward(
     dx, dh, d_target, d_erase, _ = out = _empty_gradients(
         x, h, target, erase, taps, norm, gate, value
     )
+    x, dx_new = compact(x), None if dx_new is None else compact(dx_new)
     shape = shape_of(x, taps, gate, value)
     tokens, after = x.shape[0], []
     if norm is not None and shape["K"] > 1:  # needs dx_in of later tokens, so that is made first
@@ -253,20 +254,21 @@ def is_plain(x, h, target, erase, direction_eps) -> bool:
 
 def _keep(ctx, inputs, output) -> None:
     (x, h, target, erase, eps, taps, norm, _, gate, value, ctx.value_on_state, starts, ctx.length,
-     store, carry, _, context_dtype, trail_x, trail_h, trail_row) = inputs  # fmt: skip
+     new_state, _, context_dtype, trail_x, trail_h, trail_row) = inputs  # fmt: skip
     x_new, row, stats, x_in = output[:4]
-    ctx.plain, ctx.unit, ctx.has_x = None, eps is not None, store or carry
-    if is_plain(x, h, target, erase, eps) and store:
-        ctx.plain, x, h, row, trail_h, trail_row = h.dtype, x_new, None, None, (), ()
-    elif trail_x is not None:
-        x = trail_x
+    ctx.reads, ctx.unit, ctx.trail = context_dtype, eps is not None, len(trail_h)
+    ctx.has_x = new_state != "none"
+    ctx.plain = None
+    write, trail = (h, row), [*trail_h, *trail_row]
+    source = x if trail_x is None else trail_x
+    if new_state == "stored" and is_plain(x, h, target, erase, eps):
+        ctx.plain = h.dtype
+        source, write, trail = x_new, (None, None), []
     x_in = x_in if x_in.numel() else None
-    ctx.reads, ctx.trail = context_dtype, len(trail_h)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        x, h, row, stats, x_in, target, erase, taps, norm, gate, value, starts, *trail_h,
-        *trail_row,
-    )  # fmt: skip
+        source, *write, stats, x_in, target, erase, taps, norm, gate, value, starts, *trail
+    )
 
 
 def _differentiate(ctx, dx_new, _row, _stats, _x_in, d_context, d_gates, d_values) -> Grads:
@@ -284,8 +286,8 @@ def _differentiate(ctx, dx_new, _row, _stats, _x_in, d_context, d_gates, d_value
         d_values = x.new_zeros(tokens, value.shape[0], dtype=torch.float32)
     dx, dh, d_target, d_erase, sums = read_state_backward(
         x,
-        trail[: ctx.trail],
-        trail[ctx.trail :],
+        trail[: len(trail) // 2],
+        trail[len(trail) // 2 :],
         h,
         row if h is not None else None,
         stats,
@@ -329,7 +331,7 @@ def _differentiate(ctx, dx_new, _row, _stats, _x_in, d_context, d_gates, d_value
         None,
         _as(d_gate, gate),
         _as(d_value, value),
-        *[None] * 8,
+        *[None] * 7,
         [None] * ctx.trail,
         [None] * ctx.trail,
     )
@@ -379,8 +381,8 @@ def apply_write(state, direction, target, erase, eps, trail) -> Tensor:
     """See `dispatch.apply_write`."""
     flat = _flat(state, direction, target, erase)
     read = (None, None, 0.0, None, None, False, None, 1)  # it compresses and normalises nothing
-    passes = (True, False, _training(), None)
-    return read_state(*flat, eps, *read, *passes, *_trail_arguments(trail))[0].view(state.shape)
+    asked = ("stored", _training(), None)
+    return read_state(*flat, eps, *read, *asked, *_trail_arguments(trail))[0].view(state.shape)
 
 
 def read(
@@ -390,13 +392,13 @@ def read(
     """See `dispatch.read_state`; also gives r.
 
     Without `store` X' is not written: while training there is a stand-in for it, which takes its
-    gradient, otherwise nothing.
+    gradient, otherwise the old state.
     """
     training = _training()
     # While training a state without a write is copied too: its two gradients, through this read
     # and through the next, would cost more to add afterwards.
     writes = store and (direction is not None or trail is not None or training)
-    carries = training and not store
+    new_state = "stored" if writes else "stand-in" if training else "none"
     x_new, row, _, _, context, gates, values = read_state(
         *_flat(state, direction, target, erase),
         eps,
@@ -408,15 +410,14 @@ def read(
         value_on_state,
         _starts(taps, segments),
         state.shape[-3],
-        writes,
-        carries,
+        new_state,
         training,
         context_dtype,
         *_trail_arguments(trail),
     )
     lead = state.shape[:-2]
     return (
-        x_new.view(state.shape) if writes or carries else state,
+        state.detach() if new_state == "none" else x_new.view(state.shape),
         context.view(*lead, -1),
         None if gate is None else gates.view(*lead, -1),
         None if value is None else values.view(*lead, -1),
@@ -437,8 +438,7 @@ def reduce(state, direction, target, erase, eps, taps, segments, trail) -> Tenso
         False,
         _starts(taps, segments),
         state.shape[-3],
-        False,
-        False,
+        "none",
         _training(),
         torch.float32,
         *_trail_arguments(trail),

@@ -33,10 +33,12 @@ def processors(device: torch.device) -> int:
 def plan(kernel: str, width: int, channels: int, taps: int) -> tuple[int, dict]:
     """Programs for each processor, 0 for one a token, and the kernel's and compiler's options.
 
-    Measured on an H100. The backward pass fills the registers, 255 of each thread: its sums for
+    kernel: "forward", "backward", or "norm" for the first of two backward passes.
+
+    Measured on an H100: the backward pass fills the registers, 255 of each thread: its sums for
     d_v = 4 want 6 to 8 features of a thread, and eight warps are all that a processor then holds.
-    From d·d_v = 6144 on (forward: above 8192) one token is enough to keep the memory busy, and
-    what would hold the next one is needed: AHEAD is off.
+    Not measured yet, but chosen by what the compiler spills: from d·d_v = 6144 on (forward: above
+    8192) one token keeps the memory busy, and the registers for the next are needed: no AHEAD.
     """
     if kernel == "norm":
         return 8, {"num_warps": 2}
@@ -59,6 +61,7 @@ def share_of(tokens: int, device: torch.device, per_processor: int, least: int =
 
 
 def shape_of(x, taps, gate, value, whole: bool = False) -> dict:
+    """The sizes that a kernel is compiled for; `whole` as in `block_size`."""
     block = block_size(x.shape[1], whole)
     return {
         "D": x.shape[1],
@@ -72,7 +75,19 @@ def shape_of(x, taps, gate, value, whole: bool = False) -> dict:
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int]:
+    """Of a state (N, d, d_v), as the kernels take them: token, channel, feature."""
     return x.stride(0), x.stride(2), x.stride(1)
+
+
+def compact(x: Tensor) -> Tensor:
+    """A state (N, d, d_v) of which a token's numbers lie within 2³¹ of each other.
+
+    Within a token the kernels count in 32 bits. A state that lies otherwise, as one with the
+    channels outermost may, is copied.
+    """
+    _, width, channels = x.shape
+    reach = (width - 1) * x.stride(1) + (channels - 1) * x.stride(2)
+    return x if reach < 2**31 else channel_major(x).copy_(x)
 
 
 def partial_sums(programs: int, rows: int, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 
 A residual does not write into the state at once. It leaves its write pending, in one canonical
 form that every design shares, and the next read applies it: so the big tensor X is read once and
-written once per sublayer, and nobody needs to know whose write is pending.
+written at most once per sublayer, and nobody needs to know whose write is pending.
 """
 
 import math
@@ -32,7 +32,7 @@ class State(NamedTuple):
     (target) and b = 0 (erase).
     """
 
-    channels: Tensor  # Xᵀ of every token, (B, T, d_v, d): X as it lies in memory
+    channels: Tensor  # Xᵀ of every token, (B, T, d_v, d): X as it lies in memory, or a stand-in
     direction: Tensor | None = None  # h, (B, T, d)
     target: Tensor | None = None  # a, (B, T, d_v)
     erase: Tensor | None = None  # b, (B, T)
@@ -43,7 +43,8 @@ class State(NamedTuple):
     def x(self) -> Tensor:
         """X before the pending write, (B, T, d, d_v), a view; with a trail, what stands in for X.
 
-        A stand-in has X's shape and takes its gradient, but not its numbers: use `settle`.
+        A stand-in has X's shape and takes its gradient, but its numbers mean nothing: `settle`
+        and `stored` give X.
         """
         return self.channels.mT
 
@@ -64,7 +65,8 @@ class TokenWindow:
     """What a convolution over tokens may see of a batch: padding, documents, earlier tokens.
 
     mask: (B, T), 0 for padding, or None. Padded tokens count as zeros.
-    segments: (B, T), the document number of each token, or None for one document.
+    segments: (B, T), the document number of each token, which never falls along T, or None for
+        one document.
     cache: a transformers cache whose `update_conv_state` keeps the last tokens, or None.
     """
 

@@ -154,11 +154,11 @@ class ConstantValue(ResidualModule):
 
 
 class SublayerDirection(nn.Module):
-    """k̃ = h, the sublayer's output (the paper's choice). X, h (B, T, d) -> (B, T, d)."""
+    """k̃ = h, the sublayer's output (the paper's choice). None, h (B, T, d) -> (B, T, d)."""
 
     reads_state = False
 
-    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+    def forward(self, x: None, output: Tensor) -> Tensor:
         return output
 
 

@@ -90,12 +90,12 @@ class Residual(ResidualModule):
         value_weight: Tensor | None = None,
         value_on_state: bool = False,
         exact: bool = False,
-        whole: bool = False,
-    ) -> tuple[Reading, Tensor]:
-        """The settled state, the context and the logits; and X as the compressor saw it.
+        store: bool = False,
+    ) -> tuple[Reading, Tensor | None]:
+        """The settled state, the context and the logits; and X as the compressor saw it, if stored.
 
         Under autocast the context has autocast's dtype, which the sublayer's matrices would give
-        it anyway; with `exact` it keeps the norm's. With `whole` the state is stored.
+        it anyway; with `exact` it keeps the norm's. With `store` the state is stored.
         """
         device = state.x.device.type
         rounded = torch.is_autocast_enabled(device) and not exact
@@ -116,10 +116,10 @@ class Residual(ResidualModule):
                 *state[1:4],
                 eps=state.eps,
                 trail=state.trail,
-                rebuild=0 if whole else self._rebuild(),
+                rebuild=0 if store else self._rebuild(),
                 **options,
             )
-            return reading, reading.state
+            return reading, reading.state if reading.trail is None else None
         x = state.settle(self.backend)
         seen = self.compressor.see(x, window, self.slot)
         read, own = read_state(seen, **options), slice(-x.shape[1], None)
@@ -168,7 +168,7 @@ class DeltaResidual(Residual):
         gate: context (B, T, d) -> β (B, T); by default a `TokenGate` that starts at 1.
         value: (B, T, d) -> the target v (B, T, d_v); by default a `LinearValue`.
         direction: (X, the sublayer's output h) -> k before normalisation, (B, T, d); by default
-            h itself.
+            h itself. One whose `reads_state` is False gets None for X, which need not be stored.
         value_source: what the value reads: the context c, the state's un-normalised x_in, or the
             sublayer's output h.
         erase: False is the write-only control X + β k vᵀ.
@@ -204,6 +204,7 @@ class DeltaResidual(Residual):
         gates: list[Any] = [self.gate] if self.erase_gate is None else [self.gate, self.erase_gate]
         rows = [gate.logit_weight for gate in gates if logit_weight(gate) is not None]
         value_rows = None if self.value_source == "output" else logit_weight(self.value)
+        reads_state = getattr(self.direction, "reads_state", True)
         read, seen = self.read(
             state,
             window,
@@ -214,8 +215,7 @@ class DeltaResidual(Residual):
                 logit_weight(generator) is None and getattr(generator, "reads_source", True)
                 for generator in (*gates, self.value)
             ),
-            whole=getattr(self.direction, "reads_state", True)
-            or (self.value_source == "state" and value_rows is None),
+            store=reads_state or (self.value_source == "state" and value_rows is None),
         )
         output = sublayer(read.context)
         logits = iter(() if read.gate_logits is None else read.gate_logits.unbind(-1))
@@ -229,7 +229,7 @@ class DeltaResidual(Residual):
             value = self.value(self._value_source(read, seen, output, window))
         return State(
             read.state.mT,
-            self.direction(read.state, output),
+            self.direction(read.state if reads_state else None, output),
             strengths[0].unsqueeze(-1) * value,
             strengths[-1] if self.erase else None,
             self.direction_eps,
@@ -237,7 +237,7 @@ class DeltaResidual(Residual):
         )
 
     def _value_source(
-        self, read: Reading, seen: Tensor, output: Tensor, window: TokenWindow | None
+        self, read: Reading, seen: Any, output: Tensor, window: TokenWindow | None
     ) -> Tensor:
         if self.value_source == "output":
             return output

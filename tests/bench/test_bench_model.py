@@ -84,15 +84,20 @@ def test_a_model_that_differs_gets_no_figures(rows, monkeypatch, capsys, spoil, 
 
 
 def test_what_cannot_be_had_or_breaks_is_a_row(rows, monkeypatch, capsys):
-    def fail(self):
-        raise {"ddl-cc": ValueError("no\nsuch thing"), "ddl-tc": KeyError("a bug")}[self.variant]
+    begin, config = subject.Subject.begin, subject.Subject.config
 
-    begin = subject.Subject.begin
-    monkeypatch.setattr(
-        subject.Subject,
-        "begin",
-        lambda self: begin(self) if self.variant == "additive" else fail(self),
-    )
+    def unavailable(self):
+        if self.variant == "ddl-cc":
+            raise ValueError("no\nsuch thing")
+        return config(self)
+
+    def broken(self):
+        if self.variant == "ddl-tc":
+            raise KeyError("a bug")
+        begin(self)
+
+    monkeypatch.setattr(subject.Subject, "config", unavailable)
+    monkeypatch.setattr(subject.Subject, "begin", broken)
     status, found = rows("--variants", "ddl-cc,ddl-tc", "--modes", "prefill")
     assert status == 1
     assert [row["status"] for row in found] == [

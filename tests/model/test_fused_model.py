@@ -6,6 +6,7 @@ from fused_cases import DEVICE, can_run
 from helpers import CASES, TINY, shaken, tiny_config, token_ids
 
 from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.residual import AdditiveResidual, DeltaResidual, State
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytestmark = can_run
@@ -82,6 +83,33 @@ def test_rebuilding_changes_no_logit_and_no_hidden_state(variant):
     for other in outputs[1:]:
         assert torch.equal(other.logits, outputs[0].logits)
         for actual, expected in zip(other.hidden_states, outputs[0].hidden_states, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=slow)])
+def test_residuals_of_all_kinds_follow_each_other(channels):
+    """Whatever is pending, and whether the state is stored: delta, twice additive, write-only."""
+    results = []
+    for rebuild in (0, 1, 5):
+        torch.manual_seed(0)
+        how = {"backend": "triton", "rebuild": rebuild}
+        stack = [
+            DeltaResidual(63, channels, **how),
+            AdditiveResidual(63, channels, **how),
+            AdditiveResidual(63, channels, **how),
+            DeltaResidual(63, channels, erase=False, **how),
+            DeltaResidual(63, channels, **how),
+        ]
+        x = torch.randn(1, 3, channels, 63).to(DEVICE).requires_grad_()
+        state = State(x)
+        for residual in stack:
+            state = residual.to(DEVICE)(state, torch.tanh)
+        out = state.settle("triton")
+        parameters = [p for residual in stack for p in residual.parameters()]
+        gradients = torch.autograd.grad(out.square().sum(), [x, *parameters], allow_unused=True)
+        results.append([out, *(g for g in gradients if g is not None)])
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
             assert torch.equal(actual, expected)
 
 

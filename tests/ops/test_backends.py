@@ -66,7 +66,9 @@ WRONG = [
     ("kernel", {"kernel": torch.ones(1, 5, 2)}),
     ("needs a kernel", {"kernel": None}),
     ("norm_weight", {"norm_weight": torch.ones(4)}),
+    ("norm_weight has shape (3, 5)", {"norm_weight": torch.ones(3, 5)}),
     ("gate_weight", {"gate_weight": torch.ones(1, 4)}),
+    ("gate_weight has shape (5,)", {"gate_weight": torch.ones(5)}),
     ("value_weight", {"value_weight": torch.ones(5)[None, :3]}),
     ("segments", {"segments": torch.zeros(2, 4)}),
     ("(B, T, d, d_v)", {"state": torch.ones(3, 5, 2)}),
@@ -88,3 +90,8 @@ def test_a_read_refuses_shapes_that_do_not_fit_in_one_line(said, wrong):
 
 def test_an_expansion_refuses_a_kernel_of_another_width():
     one_line_error(lambda: ops.expand_embeddings(torch.ones(2, 3, 5), torch.ones(4, 2, 3)), "fit")
+
+
+def test_an_expansion_refuses_documents_of_other_tokens():
+    embeddings, kernel, segments = torch.ones(2, 3, 5), torch.ones(5, 2, 3), torch.zeros(2, 4)
+    one_line_error(lambda: ops.expand_embeddings(embeddings, kernel, segments), "segments", "fit")

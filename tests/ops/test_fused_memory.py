@@ -12,7 +12,14 @@ from fused_cases import DEVICE, DOCUMENTS, READS, Case, can_run, chain, measure,
 from helpers import normal
 from torch.utils.flop_counter import FlopCounterMode
 
-from deep_delta.ops import apply_write, expand_embeddings, launch, read_state, reduce_state
+from deep_delta.ops import (
+    Reading,
+    apply_write,
+    expand_embeddings,
+    launch,
+    read_state,
+    reduce_state,
+)
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytestmark = can_run
@@ -185,6 +192,70 @@ def test_a_state_that_was_not_stored_can_be_asked_for(backend):
         assert actual is expected is None or torch.equal(actual, expected)
 
 
+def left_behind(channels: int = 1, **changed) -> tuple[dict, Reading]:
+    """Inputs of a read, and what it gives without storing the state."""
+    case = Case(taps=1 if channels > 1 else None, channels=channels)
+    inputs = {name: t.float().to(DEVICE) for name, t in case.tensors().items()} | changed
+    return inputs, read_state(**inputs, **case.fixed(), norm_eps=1e-5, backend="triton", rebuild=1)
+
+
+def test_a_plain_write_may_follow_a_trail():
+    """A mixed stack: its backward pass needs no trail, the forward pass does."""
+    gradients = []
+    for rebuild in (0, 1):
+        case = Case(taps=None, channels=1)
+        inputs = {n: t.float().to(DEVICE).requires_grad_() for n, t in case.tensors().items()}
+        read = read_state(**inputs, **case.fixed(), norm_eps=1e-5, backend="triton",
+                          rebuild=rebuild)  # fmt: skip
+        h = normal(2, 4, 63, seed=7).float().to(DEVICE)
+        apply_write(read.state, h, trail=read.trail, backend="triton").square().sum().backward()
+        gradients.append({name: x.grad for name, x in inputs.items() if x.grad is not None})
+    same(*gradients)
+
+
+def test_no_gradient_passes_a_read_without_one():
+    """A frozen part of a model, whose state nobody stored, in the middle of one that learns."""
+    state = normal(2, 4, 63, 1).float().to(DEVICE).requires_grad_()
+    with torch.no_grad():
+        inputs, read = left_behind(state=state)
+    assert read.trail is not None
+    after = apply_write(read.state, inputs["direction"], trail=read.trail, backend="triton")
+    assert not read.state.requires_grad
+    assert not after.requires_grad
+
+
+def test_a_trail_is_that_of_the_whole_state():
+    _, read = left_behind()
+    with pytest.raises(ValueError, match=r"trail\.state has shape \(2, 4, 63, 1\)"):
+        apply_write(read.state[1:], trail=read.trail, backend="triton")
+    rows = (read.trail.rows[0][1:],)
+    with pytest.raises(ValueError, match=r"trail\.rows has shape \(7, 1\)"):
+        apply_write(read.state, trail=read.trail._replace(rows=rows), backend="triton")
+
+
+def test_a_write_without_a_direction_is_none():
+    """A target and a gate alone change nothing, and nothing comes back to them."""
+    case = Case(taps=None, channels=1)
+    inputs = {n: t.float().to(DEVICE).requires_grad_() for n, t in case.tensors().items()}
+    read = read_state(**{**inputs, "direction": None}, norm_eps=1e-5, backend="triton")
+    assert torch.equal(read.state, inputs["state"])
+    given = inputs["target"], inputs["erase"]
+    assert torch.autograd.grad(read.context.sum(), given, allow_unused=True) == (None, None)
+
+
+def test_a_trail_keeps_no_second_copy_of_a_direction():
+    h = normal(2, 63, 4, seed=3).float().to(DEVICE).mT
+    _, read = left_behind(direction=h)
+    assert read.trail.directions[0].is_contiguous()
+
+
+def test_a_state_spread_too_far_for_32_bits_is_copied():
+    near = torch.empty_strided((2, 63, 3), (189, 1, 63), device="meta")
+    far = torch.empty_strided((2, 63, 3), (63, 1, 2**30), device="meta")
+    assert launch.compact(near) is near
+    assert launch.compact(far).stride() == (189, 1, 63)
+
+
 def states_kept(rebuild: int) -> int:
     shapes = {}
 
@@ -247,12 +318,12 @@ def operator_arguments() -> dict[str, list[tuple]]:
     expansion = torch.randn(4, 63, device=DEVICE), torch.randn(2, 3, 63, device=DEVICE)
     return {
         "read_state": [
-            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, True, starts, 2, True, False, True,
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, True, starts, 2, "stored", True,
              torch.float32, None, [], []),
-            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, False, None, 2, True, False, True,
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, False, None, 2, "stored", True,
              torch.float16, none, [plain[0]], [row]),
-            (scalar, None, None, None, None, None, None, 0.0, None, None, False, None, 2, False,
-             False, True, torch.float32, None, [], []),
+            (scalar, None, None, None, None, None, None, 0.0, None, None, False, None, 2, "none",
+             True, torch.float32, None, [], []),
         ],
         "read_state_backward": [
             (none, [plain[0]], [row], plain[0], row, stats, x_in, *plain[1:], True, *weights, *rows,
@@ -289,7 +360,7 @@ def test_operator_keeps_the_rules_of_pytorch(name):
 def test_what_was_not_kept_is_asked_for_in_one_line():
     (x,) = flat("state", case=Case(taps=None, channels=1, tokens=2))
     read = torch.ops.deep_delta.read_state
-    out = read(x, None, None, None, None, None, None, 0.0, None, None, False, None, 2, False, False,
+    out = read(x, None, None, None, None, None, None, 0.0, None, None, False, None, 2, "none",
                False, torch.float32, None, [], [])  # fmt: skip
     with pytest.raises(RuntimeError, match="keep=True"):
         out[4].sum().backward()
@@ -304,3 +375,7 @@ def test_flops_of_a_read_are_counted():
     with FlopCounterMode(display=False) as counter:
         case.read("triton", **inputs)
     assert counter.get_total_flops() == 8 * 63 * 2 * (2 * 3 + 2 * 3 + 2 + 3)
+    _, read = left_behind()
+    with FlopCounterMode(display=False) as counter:
+        apply_write(read.state, trail=read.trail, backend="triton")
+    assert counter.get_total_flops() == 8 * 63 * 2
