@@ -280,4 +280,4 @@ def test_nothing_pending_leaves_the_state(training):
     with torch.set_grad_enabled(training):
         state = case.read("triton", **inputs)[0]
     assert torch.equal(state, inputs["state"])
-    assert training or state is inputs["state"]
+    assert training or state.data_ptr() == inputs["state"].data_ptr()
