@@ -57,14 +57,16 @@ def calls(width: int, channels: int, taps: int, trail: int, store: bool) -> dict
     target, erase = random(TOKENS, channels), torch.rand(TOKENS, device="cuda") * 2
     kernel = random(taps, channels, width) if taps else None
     norm, gate, value = torch.rand(width, device="cuda"), random(1, width), random(channels, width)
+    gate_bias, value_bias = random(1), random(channels)
     past = [torch.randn_like(h) for _ in range(trail)]
     rows = [random(TOKENS, channels) for _ in range(trail)]
     earlier = x if trail else None
 
     def forward():
         return fused.read_state(
-            x, h, target, erase, 1e-5, kernel, norm, 1e-5, gate, value, True, None, LENGTH,
-            "stored" if store else "stand-in", True, torch.bfloat16, earlier, past, rows,
+            x, h, target, erase, 1e-5, kernel, norm, 1e-5, gate, gate_bias, value, value_bias,
+            True, None, LENGTH, "stored" if store else "stand-in", True, torch.bfloat16, earlier,
+            past, rows,
         )  # fmt: skip
 
     _, row, stats, x_in, context, d_gates, d_values = forward()

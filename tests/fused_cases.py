@@ -48,6 +48,7 @@ class Case:
     taps: int | None = 1
     gates: int = 1
     values: bool = True
+    biases: bool = True
     value_on_state: bool = False
     documents: bool = False
     layout: str = "features last"
@@ -73,6 +74,9 @@ class Case:
         shapes["norm_weight"] = (self.width,)
         shapes |= {"gate_weight": (self.gates, self.width)} if self.gates else {}
         shapes |= {"value_weight": (self.channels, self.width)} if self.values else {}
+        if self.biases:
+            shapes |= {"gate_bias": (self.gates,)} if self.gates else {}
+            shapes |= {"value_bias": (self.channels,)} if self.values else {}
         return {n: normal(*s, seed=seed + i) for i, (n, s) in enumerate(shapes.items())}
 
     def fixed(self) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class Case:
 
     def reduce(self, backend: str, state: Tensor, **tensors: Tensor) -> tuple[Tensor]:
         """The compressed state."""
-        for name in ("norm_weight", "gate_weight", "value_weight"):
+        for name in ("norm_weight", "gate_weight", "value_weight", "gate_bias", "value_bias"):
             tensors.pop(name, None)
         state = self.arranged(state)
         return (reduce_state(state, **tensors, **self.fixed(), backend=backend),)

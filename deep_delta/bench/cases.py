@@ -121,6 +121,7 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
     if case.op in ("read", "reads"):
         made["gate_weight"] = normal(1, d, std=1 / math.sqrt(d))
         made["value_weight"] = normal(dv, d, std=1 / math.sqrt(d))
+        made["gate_bias"], made["value_bias"] = normal(1), normal(dv)
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
@@ -155,7 +156,9 @@ def _reading(x: Tensors, backend: str, **options: Any) -> ops.Reading:
         norm_weight=x["norm_weight"],
         norm_eps=EPS,
         gate_weight=x.get("gate_weight"),
+        gate_bias=x.get("gate_bias"),
         value_weight=x.get("value_weight"),
+        value_bias=x.get("value_bias"),
         context_dtype=x["direction"].dtype,
         backend=backend,
         **options,

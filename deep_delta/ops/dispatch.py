@@ -115,6 +115,13 @@ def _check_read(
     _check_shape("segments", segments, tuple(lead), state)
 
 
+def _check_bias(name: str, bias: Tensor | None, weight: Tensor | None, state: Tensor) -> None:
+    if bias is not None and weight is None:
+        raise ValueError(f"{name} is given without rows to add it to")
+    if weight is not None:
+        _check_shape(name, bias, tuple(weight.shape[:1]), state)
+
+
 def _check_trail(state: Tensor, trail: Trail | None) -> None:
     """A trail belongs to the whole state that was read with it, not to a part of it."""
     if trail is None:
@@ -216,7 +223,9 @@ def read_state(
     norm_weight: Tensor,
     norm_eps: float,
     gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     value_weight: Tensor | None = None,
+    value_bias: Tensor | None = None,
     value_on_state: bool = False,
     segments: Tensor | None = None,
     context_dtype: torch.dtype | None = None,
@@ -235,9 +244,10 @@ def read_state(
         kernel: the compressor's taps (K, d_v, d), the last one for the current token; K = 1 is
             the channel compressor. None for d_v = 1, where the state is the input.
         norm_weight, norm_eps: g (d) and ε of the RMSNorm that makes the context.
-        gate_weight: (G, d) rows whose products with the context are the gates' logits.
-        value_weight: (V, d), the same for the value; with `value_on_state` the products are with
-            the compressed state before the norm.
+        gate_weight, gate_bias: (G, d) rows whose products with the context, plus the bias (G), are
+            the gates' logits.
+        value_weight, value_bias: (V, d) and (V), the same for the value; with `value_on_state` the
+            products are with the compressed state before the norm.
         segments: (B, T), the document number of each token, which never falls along T: the
             compressor looks at no other document.
         context_dtype: dtype of the context; by default the norm weight's.
@@ -254,6 +264,8 @@ def read_state(
     _check_write(state, direction, target, erase)
     rows = {"norm_weight": norm_weight, "gate_weight": gate_weight, "value_weight": value_weight}
     _check_read(state, kernel, rows, segments)
+    _check_bias("gate_bias", gate_bias, gate_weight, state)
+    _check_bias("value_bias", value_bias, value_weight, state)
     _check_trail(state, trail)
     if direction is None:
         target = erase = None
@@ -261,7 +273,7 @@ def read_state(
     if resolve_backend(backend, state) == "reference":
         read = reference.read_state(
             _stored(state, trail), direction, target, erase, eps, kernel, norm_weight, norm_eps,
-            gate_weight, value_weight, value_on_state, segments,
+            gate_weight, gate_bias, value_weight, value_bias, value_on_state, segments,
         )  # fmt: skip
         return Reading(read[0], read[1].to(context_dtype), *read[2:], None)
     # Once, here: a copy made by each read that finds it in its trail would be kept by each.
@@ -274,7 +286,7 @@ def read_state(
     )
     new, context, gates, values, row = fused.read(
         state, direction, target, erase, eps, kernel, norm_weight, norm_eps, gate_weight,
-        value_weight, value_on_state, segments, context_dtype, trail, store,
+        gate_bias, value_weight, value_bias, value_on_state, segments, context_dtype, trail, store,
     )  # fmt: skip
     if direction is None or store:
         return Reading(new, context, gates, values, None)

@@ -25,7 +25,7 @@ def _rebuilding(state, trail_h) -> int:
 
 @register_flop_formula(torch.ops.deep_delta.read_state)
 def _forward_flops(
-    x, h, target, erase, eps, taps, norm, norm_eps, gate, value, *rest, **__
+    x, h, target, erase, eps, taps, norm, norm_eps, gate, gate_bias, value, value_bias, *rest, **__
 ) -> int:  # fmt: skip
     return _work(x, h, erase, taps, gate, value) + _rebuilding(x, rest[-2])
 

@@ -35,7 +35,9 @@ def read_state(
     norm: Tensor | None,
     norm_eps: float,
     gate: Tensor | None,
+    gate_bias: Tensor | None,
     value: Tensor | None,
+    value_bias: Tensor | None,
     value_on_state: bool,
     starts: Tensor | None,
     length: int,
@@ -75,7 +77,9 @@ def read_state(
         taps,
         norm,
         gate,
+        gate_bias,
         value,
+        value_bias,
         x_new if new_state == "stored" else None,
         row,
         stats if keep else None,
@@ -111,8 +115,9 @@ def _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype
 
 
 @read_state.register_fake
-def _(x, h, target, erase, direction_eps, taps, norm, norm_eps, gate, value, value_on_state,
-      starts, length, new_state, keep, context_dtype, trail_x, trail_h, trail_row):  # fmt: skip
+def _(x, h, target, erase, direction_eps, taps, norm, norm_eps, gate, gate_bias, value, value_bias,
+      value_on_state, starts, length, new_state, keep, context_dtype, trail_x, trail_h,
+      trail_row):  # fmt: skip
     return _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype)
 
 
@@ -140,7 +145,10 @@ def read_state_backward(
     d_gates: Tensor | None,
     d_values: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of X, h, a, b, and of all weights stacked: taps, norm, gate and value rows."""
+    """Gradients of X, h, a, b, and those of all weights in one row of numbers.
+
+    Taps, norm, gate and value rows, then the biases of gates and values, whether there are any.
+    """
     dx, dh, d_target, d_erase, _ = out = _empty_gradients(
         x, h, target, erase, taps, norm, gate, value
     )
@@ -154,10 +162,11 @@ def read_state_backward(
         after = [d_norm]
         norm = gate = value = None
         shape |= {"GATES": 0, "VALUES": 0}
-    norm_rows = 0 if norm is None else 1 + shape["GATES"] + shape["VALUES"]
+    logits = 0 if norm is None else shape["GATES"] + shape["VALUES"]
+    rows = shape["K"] * shape["DV"] + (0 if norm is None else 1 + logits)
     per_processor, options = plan("backward", x.shape[1], x.shape[2], shape["K"])
     chunk = share_of(tokens, x.device, per_processor)
-    partial = partial_sums(-(-tokens // chunk), shape["K"] * shape["DV"] + norm_rows, x)
+    partial = partial_sums(-(-tokens // chunk), rows, x, logits)
     backward.backward[(partial.shape[0],)](
         x,
         *strides_of(x),
@@ -198,12 +207,13 @@ def read_state_backward(
 def _norm_backward(
     x_in, stats, norm, gate, value, value_on_state, d_context, d_gates, d_values, shape
 ):
-    """dx_in (N, d) and the gradients of norm, gate and value rows."""
+    """dx_in (N, d) and the gradients of norm, gate and value rows and biases, as one row."""
     tokens = x_in.shape[0]
     per_processor, options = plan("norm", shape["D"], 1, shape["K"])
     chunk = share_of(tokens, x_in.device, per_processor)
     dx_in = torch.empty_like(d_context, dtype=torch.float32)  # the taps' gradient is a sum of it
-    partial = partial_sums(-(-tokens // chunk), 1 + shape["GATES"] + shape["VALUES"], x_in)
+    logits = shape["GATES"] + shape["VALUES"]
+    partial = partial_sums(-(-tokens // chunk), 1 + logits, x_in, logits)
     backward.norm_backward[(partial.shape[0],)](
         x_in,
         stats,
@@ -228,15 +238,15 @@ def _norm_backward(
 
 def _empty_gradients(x, h, target, erase, taps, norm, gate, value):
     shape = shape_of(x, taps, gate, value)
-    rows = shape["K"] * shape["DV"]
-    rows += 0 if norm is None else 1 + shape["GATES"] + shape["VALUES"]
+    logits = shape["GATES"] + shape["VALUES"]
+    rows = shape["K"] * shape["DV"] + (0 if norm is None else 1 + logits)
     none = x.new_empty(0)
     return (
         channel_major(x),
         none if h is None else torch.empty_like(h),
         none.clone() if target is None else torch.empty_like(target),
         none.clone() if erase is None else torch.empty_like(erase),
-        x.new_empty(rows, x.shape[1], dtype=torch.float32),
+        x.new_empty(rows * x.shape[1] + (0 if norm is None else logits), dtype=torch.float32),
     )
 
 
@@ -253,11 +263,13 @@ def is_plain(x, h, target, erase, direction_eps) -> bool:
 
 
 def _keep(ctx, inputs, output) -> None:
-    (x, h, target, erase, eps, taps, norm, _, gate, value, ctx.value_on_state, starts, ctx.length,
-     new_state, _, context_dtype, trail_x, trail_h, trail_row) = inputs  # fmt: skip
+    (x, h, target, erase, eps, taps, norm, _, gate, gate_bias, value, value_bias,
+     ctx.value_on_state, starts, ctx.length, new_state, _, context_dtype, trail_x, trail_h,
+     trail_row) = inputs  # fmt: skip
     x_new, row, stats, x_in = output[:4]
     ctx.reads, ctx.unit, ctx.trail = context_dtype, eps is not None, len(trail_h)
     ctx.has_x = new_state != "none"
+    ctx.biases = tuple(None if b is None else b.dtype for b in (gate_bias, value_bias))
     ctx.plain = None
     write, trail = (h, row), [*trail_h, *trail_row]
     source = x if trail_x is None else trail_x
@@ -309,36 +321,35 @@ def _differentiate(ctx, dx_new, _row, _stats, _x_in, d_context, d_gates, d_value
         dh = dx.squeeze(-1).to(ctx.plain)
     elif h is None:
         dh = None
-    d_taps = d_norm = d_gate = d_value = None
-    at = 0
-    if taps is not None:
-        at = taps.shape[0] * taps.shape[1]
-        d_taps = sums[:at].view_as(taps)
-    if norm is not None:
-        d_norm, at = sums[at], at + 1
-    if gate is not None:
-        d_gate, at = sums[at : at + gate.shape[0]], at + gate.shape[0]
-    if value is not None:
-        d_value = sums[at:]
+    weights, rows = (taps, norm, gate, value), (gate, value)
+    sizes = [weight.numel() for weight in weights if weight is not None]
+    pieces = iter(sums.split([*sizes, *(row.shape[0] for row in rows if row is not None)]))
+    d_taps, d_norm, d_gate, d_value = (
+        None if weight is None else next(pieces).view_as(weight).to(weight.dtype)
+        for weight in weights
+    )
+    d_biases = [None if row is None else next(pieces) for row in rows]
+    d_gate_bias, d_value_bias = (
+        None if d_bias is None or dtype is None else d_bias.to(dtype)
+        for d_bias, dtype in zip(d_biases, ctx.biases, strict=True)
+    )
     return (
         dx,
         dh,
         None if target is None else d_target,
         None if erase is None else d_erase,
         None,
-        _as(d_taps, taps),
-        _as(d_norm, norm),
+        d_taps,
+        d_norm,
         None,
-        _as(d_gate, gate),
-        _as(d_value, value),
+        d_gate,
+        d_gate_bias,
+        d_value,
+        d_value_bias,
         *[None] * 7,
         [None] * ctx.trail,
         [None] * ctx.trail,
     )
-
-
-def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 read_state.register_autograd(_differentiate, setup_context=_keep)
@@ -380,14 +391,14 @@ def _trail_arguments(trail) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
 def apply_write(state, direction, target, erase, eps, trail) -> Tensor:
     """See `dispatch.apply_write`."""
     flat = _flat(state, direction, target, erase)
-    read = (None, None, 0.0, None, None, False, None, 1)  # it compresses and normalises nothing
+    read = (None, None, 0.0, *[None] * 4, False, None, 1)  # it compresses and normalises nothing
     asked = ("stored", _training(), None)
     return read_state(*flat, eps, *read, *asked, *_trail_arguments(trail))[0].view(state.shape)
 
 
 def read(
-    state, direction, target, erase, eps, taps, norm, norm_eps, gate, value, value_on_state,
-    segments, context_dtype, trail, store,
+    state, direction, target, erase, eps, taps, norm, norm_eps, gate, gate_bias, value, value_bias,
+    value_on_state, segments, context_dtype, trail, store,
 ):  # fmt: skip
     """See `dispatch.read_state`; also gives r.
 
@@ -400,21 +411,11 @@ def read(
     writes = store and (direction is not None or trail is not None or training)
     new_state = "stored" if writes else "stand-in" if training else "none"
     x_new, row, _, _, context, gates, values = read_state(
-        *_flat(state, direction, target, erase),
-        eps,
-        _packed(taps),
-        _packed(norm),
-        norm_eps,
-        _packed(gate),
-        _packed(value),
-        value_on_state,
-        _starts(taps, segments),
-        state.shape[-3],
-        new_state,
-        training,
-        context_dtype,
+        *_flat(state, direction, target, erase), eps, _packed(taps), _packed(norm), norm_eps,
+        _packed(gate), _packed(gate_bias), _packed(value), _packed(value_bias), value_on_state,
+        _starts(taps, segments), state.shape[-3], new_state, training, context_dtype,
         *_trail_arguments(trail),
-    )
+    )  # fmt: skip
     lead = state.shape[:-2]
     return (
         state.detach() if new_state == "none" else x_new.view(state.shape),
@@ -433,8 +434,7 @@ def reduce(state, direction, target, erase, eps, taps, segments, trail) -> Tenso
         _packed(taps),
         None,
         0.0,
-        None,
-        None,
+        *[None] * 4,
         False,
         _starts(taps, segments),
         state.shape[-3],

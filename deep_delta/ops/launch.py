@@ -90,9 +90,10 @@ def compact(x: Tensor) -> Tensor:
     return x if reach < 2**31 else channel_major(x).copy_(x)
 
 
-def partial_sums(programs: int, rows: int, x: Tensor) -> Tensor:
-    """Room for each program's sums of the weights' gradients, (programs, rows, d)."""
-    return torch.empty(programs, rows, x.shape[1], dtype=torch.float32, device=x.device)
+def partial_sums(programs: int, rows: int, x: Tensor, biases: int = 0) -> Tensor:
+    """Room for each program's sums of the gradients of weights (rows of d) and then of biases."""
+    numbers = rows * x.shape[1] + biases
+    return torch.empty(programs, numbers, dtype=torch.float32, device=x.device)
 
 
 def document_starts(segments: Tensor | None) -> Tensor | None:

@@ -170,7 +170,9 @@ def read_state(
     norm_weight: Tensor,
     norm_eps: float,
     gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     value_weight: Tensor | None = None,
+    value_bias: Tensor | None = None,
     value_on_state: bool = False,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -183,8 +185,8 @@ def read_state(
     dtype = _wide(x_in, norm_weight)
     context = rms_norm(x_in, norm_weight.to(dtype), norm_eps)
     source = x_in if value_on_state else context
-    gates = None if gate_weight is None else linear(context, gate_weight)
-    values = None if value_weight is None else linear(source, value_weight)
+    gates = None if gate_weight is None else linear(context, gate_weight, gate_bias)
+    values = None if value_weight is None else linear(source, value_weight, value_bias)
     return new, context, gates, values
 
 

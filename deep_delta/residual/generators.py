@@ -4,13 +4,15 @@ Weights are plain parameters, not Linear layers: the fused read multiplies them 
 while it has it in registers, and tools that wrap every Linear layer (adapters, int8) leave them
 alone. All logits are computed in fp32.
 
-A generator whose first step is a product with its source has that step's rows as `logit_weight`
-and goes on from the logits in `from_logits`; without rows it is called with the source itself.
+A generator whose first step is a product with its source has that step's rows as `logit_weight`,
+its bias as `logit_bias`, and goes on from the logits in `from_logits`; without rows it is called
+with the source itself.
 `reads_source` is False where only the source's shape matters, a direction's `reads_state` where X
 does not: it need not be stored then.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,31 @@ from torch import Tensor, nn
 from deep_delta.ops import linear
 from deep_delta.residual.contract import ResidualModule, distinct_around, gate_bias, normal, start_
 
+Rows = tuple[Tensor | None, Tensor | None]  # (m, d) and what is added to the products, (m,)
+NO_ROWS: Rows = (None, None)
+
 
 def logit_weight(generator: nn.Module) -> Tensor | None:
     """The rows (m, d) that a fused read multiplies for this generator, if it has any."""
     return getattr(generator, "logit_weight", None)
+
+
+def logit_rows(generators: Sequence[nn.Module]) -> Rows:
+    """The rows of all generators that have rows, in their order, and their biases."""
+    rows: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    for generator in generators:
+        row = logit_weight(generator)
+        if row is not None:
+            rows.append(row)
+            biases.append(getattr(generator, "logit_bias", None))
+    if len(rows) < 2:
+        return (rows[0], biases[0]) if rows else NO_ROWS
+    added = [
+        row.new_zeros(len(row)) if bias is None else bias
+        for row, bias in zip(rows, biases, strict=True)
+    ]
+    return torch.cat(rows), torch.cat(added)
 
 
 class TokenGate(ResidualModule):
@@ -50,14 +73,18 @@ class TokenGate(ResidualModule):
     def logit_weight(self) -> Tensor | None:
         return self.weight if self.hidden is None else None
 
+    @property
+    def logit_bias(self) -> Tensor:
+        return self.bias
+
     def from_logits(self, logits: Tensor) -> Tensor:
-        """Logits (B, T) without the bias -> β (B, T)."""
-        return 2 * torch.sigmoid(logits + self.bias)
+        """Logits (B, T) -> β (B, T)."""
+        return 2 * torch.sigmoid(logits)
 
     def forward(self, context: Tensor) -> Tensor:
         if self.hidden is not None:
             context = torch.tanh(linear(context, self.hidden))
-        return self.from_logits(linear(context, self.weight).squeeze(-1))
+        return self.from_logits(linear(context, self.weight, self.bias).squeeze(-1))
 
 
 class LayerGate(ResidualModule):
@@ -122,13 +149,16 @@ class LinearValue(ResidualModule):
     def logit_weight(self) -> Tensor:
         return self.weight
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return self.bias
+
     def from_logits(self, logits: Tensor) -> Tensor:
-        """Logits (B, T, d_v) without the bias -> v (B, T, d_v)."""
-        value = logits if self.bias is None else logits + self.bias
-        return value if self.scale is None else self.scale * torch.sigmoid(value)
+        """Logits (B, T, d_v) -> v (B, T, d_v)."""
+        return logits if self.scale is None else self.scale * torch.sigmoid(logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.from_logits(linear(x, self.weight))
+        return self.from_logits(linear(x, self.weight, self.bias))
 
 
 class ConstantValue(ResidualModule):

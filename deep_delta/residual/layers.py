@@ -20,9 +20,12 @@ from deep_delta.residual.contract import (
     start_,
 )
 from deep_delta.residual.generators import (
+    NO_ROWS,
     LinearValue,
+    Rows,
     SublayerDirection,
     TokenGate,
+    logit_rows,
     logit_weight,
 )
 
@@ -86,8 +89,8 @@ class Residual(ResidualModule):
         state: State,
         window: TokenWindow | None,
         *,
-        gate_weight: Tensor | None = None,
-        value_weight: Tensor | None = None,
+        gates: Rows = NO_ROWS,
+        values: Rows = NO_ROWS,
         value_on_state: bool = False,
         exact: bool = False,
         store: bool = False,
@@ -103,8 +106,10 @@ class Residual(ResidualModule):
             "kernel": self.compressor.taps(),
             "norm_weight": self.norm.weight,
             "norm_eps": self.norm.eps,
-            "gate_weight": gate_weight,
-            "value_weight": value_weight,
+            "gate_weight": gates[0],
+            "gate_bias": gates[1],
+            "value_weight": values[0],
+            "value_bias": values[1],
             "value_on_state": value_on_state,
             "segments": None if window is None else window.segments,
             "context_dtype": torch.get_autocast_dtype(device) if rounded else None,
@@ -202,20 +207,19 @@ class DeltaResidual(Residual):
 
     def forward(self, state: State, sublayer: Sublayer, window: TokenWindow | None = None) -> State:
         gates: list[Any] = [self.gate] if self.erase_gate is None else [self.gate, self.erase_gate]
-        rows = [gate.logit_weight for gate in gates if logit_weight(gate) is not None]
-        value_rows = None if self.value_source == "output" else logit_weight(self.value)
+        values = NO_ROWS if self.value_source == "output" else logit_rows([self.value])
         reads_state = getattr(self.direction, "reads_state", True)
         read, seen = self.read(
             state,
             window,
-            gate_weight=torch.cat(rows) if rows else None,
-            value_weight=value_rows,
+            gates=logit_rows(gates),
+            values=values,
             value_on_state=self.value_source == "state",
             exact=any(
                 logit_weight(generator) is None and getattr(generator, "reads_source", True)
                 for generator in (*gates, self.value)
             ),
-            store=reads_state or (self.value_source == "state" and value_rows is None),
+            store=reads_state or (self.value_source == "state" and values[0] is None),
         )
         output = sublayer(read.context)
         logits = iter(() if read.gate_logits is None else read.gate_logits.unbind(-1))
@@ -223,7 +227,7 @@ class DeltaResidual(Residual):
             gate(read.context) if logit_weight(gate) is None else gate.from_logits(next(logits))
             for gate in gates
         ]
-        if value_rows is not None:
+        if values[0] is not None:
             value = self.value.from_logits(read.value_logits)
         else:
             value = self.value(self._value_source(read, seen, output, window))

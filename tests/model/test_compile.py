@@ -57,7 +57,7 @@ def test_all_layers_share_their_graphs(variant, quick_compile):
 def test_fused_layers_compile_whole(rebuild, checkpointing, graphs, quick_compile):
     """No graph break around the kernels; a layer with a longer trail is one graph more."""
     pytest.importorskip("triton", reason="the fused kernels need triton")
-    options = {"backend": "triton", "rebuild": rebuild, "num_hidden_layers": 4}
+    options = {"backend": "triton", "rebuild": rebuild, "num_hidden_layers": 3}
     try:
         plain, model = (shaken(tiny_model("ddl-cc", **options), 0.1).train() for _ in range(2))
         if checkpointing:

@@ -77,10 +77,11 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     common |= {name: given[name] for name in write}
     weights = {"norm": WIDE} if norm else {}
     weights |= {"gate": WIDE, "value": WIDE} if gates else {}
+    biases = {"gate_bias": WIDE, "value_bias": WIDE} if gates else {}
     taps_given = {"taps": WIDE} if taps else {}
     walks = launch.plan("forward", width, channels, taps)[0] > 0
     sizes = shape(width, channels, taps, gates, whole=not walks)
-    forward_types = common | weights | taps_given | {"row_out": WIDE}
+    forward_types = common | weights | biases | taps_given | {"row_out": WIDE}
     forward_types |= {"stats": WIDE, "x_new": STATE} if store else {"stats": WIDE}
     forward_types |= {"x_in_out": STATE} if taps > 1 else {}
     forward_types |= {"gate_logits": WIDE, "value_logits": WIDE}

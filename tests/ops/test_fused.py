@@ -71,7 +71,8 @@ def logits(gates: int, values: bool, on_state: bool) -> Case:
     logits(1, True, True),
     Case(gates=2, value_on_state=True, taps=4, channels=2, tokens=3),
     Case(gates=0, taps=2, channels=2, values=False, tokens=3),
-    Case(channels=8, gates=2, tokens=2),  # more sums than fit one reduction
+    Case(channels=2, biases=False, tokens=3),
+    Case(channels=16, gates=2, tokens=2),  # more sums than fit one reduction
     rarer=(
         logits(0, True, True),
         logits(1, False, False),

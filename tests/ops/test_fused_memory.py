@@ -292,7 +292,7 @@ def test_a_plain_sum_keeps_its_new_state_and_nothing_else():
 def flat(*names: str, case: Case) -> list[torch.Tensor]:
     """Tensors as the operators take them: tokens flattened, with gradients."""
     tensors, lead = case.tensors(), case.batch * case.tokens
-    weights = ("kernel", "norm_weight", "gate_weight", "value_weight")
+    weights = ("kernel", "norm_weight", "gate_weight", "value_weight", "gate_bias", "value_bias")
     return [
         (t if name in weights else t.reshape(lead, *t.shape[2:])).float().to(DEVICE)
         .detach().requires_grad_()
@@ -303,9 +303,9 @@ def flat(*names: str, case: Case) -> list[torch.Tensor]:
 def operator_arguments() -> dict[str, list[tuple]]:
     """Arguments of each operator: with everything, and with as little as it takes."""
     case, small = Case(taps=2, tokens=2), Case(taps=None, channels=1, tokens=2)
-    x, h, a, b, taps, g, gate, value = flat(
+    x, h, a, b, taps, g, gate, gate_bias, value, value_bias = flat(
         "state", "direction", "target", "erase", "kernel", "norm_weight", "gate_weight",
-        "value_weight", case=case,
+        "gate_bias", "value_weight", "value_bias", case=case,
     )  # fmt: skip
     (scalar,) = flat("state", case=small)
     starts = torch.tensor([True, False, True, False], device=DEVICE)
@@ -318,11 +318,11 @@ def operator_arguments() -> dict[str, list[tuple]]:
     expansion = torch.randn(4, 63, device=DEVICE), torch.randn(2, 3, 63, device=DEVICE)
     return {
         "read_state": [
-            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, True, starts, 2, "stored", True,
-             torch.float32, None, [], []),
-            (x, h, a, b, 0.3, taps, g, 1e-5, gate, value, False, None, 2, "stored", True,
-             torch.float16, none, [plain[0]], [row]),
-            (scalar, None, None, None, None, None, None, 0.0, None, None, False, None, 2, "none",
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, gate_bias, value, value_bias, True, starts, 2,
+             "stored", True, torch.float32, None, [], []),
+            (x, h, a, b, 0.3, taps, g, 1e-5, gate, None, value, None, False, None, 2, "stored",
+             True, torch.float16, none, [plain[0]], [row]),
+            (scalar, *[None] * 6, 0.0, *[None] * 4, False, None, 2, "none",
              True, torch.float32, None, [], []),
         ],
         "read_state_backward": [
@@ -360,7 +360,7 @@ def test_operator_keeps_the_rules_of_pytorch(name):
 def test_what_was_not_kept_is_asked_for_in_one_line():
     (x,) = flat("state", case=Case(taps=None, channels=1, tokens=2))
     read = torch.ops.deep_delta.read_state
-    out = read(x, None, None, None, None, None, None, 0.0, None, None, False, None, 2, "none",
+    out = read(x, *[None] * 6, 0.0, *[None] * 4, False, None, 2, "none",
                False, torch.float32, None, [], [])  # fmt: skip
     with pytest.raises(RuntimeError, match="keep=True"):
         out[4].sum().backward()

@@ -22,6 +22,7 @@ from deep_delta.ops.kernels.tiles import (
     store_vector,
     sum_many,
     widen,
+    zero_numbers,
     zero_vectors,
 )
 
@@ -114,6 +115,8 @@ def norm_backward(
     program = tl.program_id(0).to(tl.int64)
     first = program * chunk
     end = tl.minimum(first + chunk, tokens)
+    own = partial + program * (rows * D + GATES + VALUES)
+    biases = zero_numbers(GATES + VALUES)
     weights = ()
     for _ in tl.static_range(PIECES):
         weights = weights + (zero_vectors(rows, BLOCK),)
@@ -121,6 +124,8 @@ def norm_backward(
         d_contexts, d_logits = fetch_gradient(
             d_context, d_gates, d_values, token, D, GATES, VALUES, PIECES, BLOCK
         )
+        if GATES + VALUES > 0:
+            biases = accumulate(biases, d_logits)
         rstd = tl.load(stats + token * STATS + RSTD)
         held = ()
         added = ()
@@ -144,7 +149,9 @@ def norm_backward(
             store_vector(dx_in_out, token, base - source * pull, True, p, D, BLOCK)
     for p in tl.static_range(PIECES):
         for q in tl.static_range(rows):
-            store_vector(partial, program * rows + q, weights[p][q], True, p, D, BLOCK)
+            store_vector(own, q, weights[p][q], True, p, D, BLOCK)
+    for q in tl.static_range(GATES + VALUES):
+        tl.store(own + rows * D + q, biases[q])
 
 
 @triton.jit
@@ -255,6 +262,9 @@ def backward(
     halo: tl.constexpr = K - 1 if K > 1 else 0
     norm_rows: tl.constexpr = 1 + GATES + VALUES if norm is not None else 0
     rows: tl.constexpr = K * DV + norm_rows
+    logits: tl.constexpr = norm_rows - 1 if norm_rows > 0 else 0
+    own = partial + program * (rows * D + logits)
+    biases = zero_numbers(logits)
     d_taps = ()  # counted from the current token back
     d_weights = ()  # norm, gates, values
     window = ()  # dx_in of this token and of the K − 2 after it
@@ -283,6 +293,8 @@ def backward(
             ahead = loaded
         raw, past_keys, past_rows, raw_keys, entries, strengths = state
         d_contexts, d_logits = gradient
+        if logits > 0:
+            biases = accumulate(biases, d_logits)
 
         # Which tokens after this one saw it: all, unless a document ends between them.
         seen = (True,)
@@ -427,7 +439,8 @@ def backward(
         for q in tl.static_range(K * DV):
             # The parameter's taps end with the current token.
             at = (K - 1 - q // DV) * DV + q % DV
-            store_vector(partial, program * rows + at, d_taps[p][q], True, p, D, BLOCK)
+            store_vector(own, at, d_taps[p][q], True, p, D, BLOCK)
         for q in tl.static_range(norm_rows):
-            at = program * rows + K * DV + q
-            store_vector(partial, at, d_weights[p][q], True, p, D, BLOCK)
+            store_vector(own, K * DV + q, d_weights[p][q], True, p, D, BLOCK)
+    for q in tl.static_range(logits):
+        tl.store(own + rows * D + q, biases[q])

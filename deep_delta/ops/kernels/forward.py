@@ -122,7 +122,9 @@ def forward(
     taps,
     norm,
     gate,
+    gate_bias,
     value,
+    value_bias,
     x_new,
     row_out,
     stats,
@@ -155,6 +157,12 @@ def forward(
     halo: tl.constexpr = K - 1 if K > 1 else 0
     # Two passes back make dx_in first and need no product of it with h.
     crossing: tl.constexpr = (stats is not None) and (h is not None) and K <= 1
+    gate_shift = ()
+    value_shift = ()
+    if gate_bias is not None:
+        gate_shift = load_row(gate_bias, GATES)
+    if value_bias is not None:
+        value_shift = load_row(value_bias, VALUES)
     begin = tl.maximum(first - halo, 0)
     end = tl.minimum(first + chunk, tokens)
     carried = ()
@@ -250,9 +258,14 @@ def forward(
                 sums = sum_many(products)
                 rstd = tl.rsqrt(sums[0] / D + norm_eps)
                 for q in tl.static_range(GATES):
-                    tl.store(gate_logits + token * GATES + q, sums[1 + q] * rstd, own)
+                    logit = sums[1 + q] * rstd
+                    if gate_bias is not None:
+                        logit += gate_shift[q]
+                    tl.store(gate_logits + token * GATES + q, logit, own)
                 for j in tl.static_range(VALUES):
                     logit = sums[1 + GATES + j] * (1.0 if VALUE_ON_STATE else rstd)
+                    if value_bias is not None:
+                        logit += value_shift[j]
                     tl.store(value_logits + token * VALUES + j, logit, own)
                 if stats is not None:
                     tl.store(stats + token * (2 * DV + 2) + DV + 1, rstd, own)

@@ -123,6 +123,14 @@ def zero_vectors(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def zero_numbers(COUNT: tl.constexpr):
+    numbers = ()
+    for _ in tl.static_range(COUNT):
+        numbers = numbers + (tl.full([], 0.0, tl.float32),)
+    return numbers
+
+
+@triton.jit
 def is_start(starts, token, length):
     """Whether nothing before this token may be seen: a sequence's or a document's first token."""
     start = token % length == 0
