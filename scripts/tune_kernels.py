@@ -2,10 +2,10 @@
 
     python3 scripts/tune_kernels.py --width 768 --channels 4 --taps 1
 
-tries numbers of warps, of programs for each processor, register limits and both ways to cut d, and
-prints the fastest first. Kernels are replayed from CUDA graphs, so that Python's overhead does
-not count. A choice for `launch.plan` should come from here; results for others come
-from `ddl bench`.
+tries numbers of warps, of programs for each processor, register limits, how many tokens ahead
+memory is asked for, and both ways to cut d, and prints the fastest first. Kernels are replayed from
+CUDA graphs, so that Python's overhead does not count. A choice for `launch.plan` should come from
+here; results for others come from `ddl bench`.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--taps", type=int, default=1, help="0 for d_v = 1")
     parser.add_argument("--trail", type=int, default=0, help="writes since the stored state")
     parser.add_argument("--leave", action="store_true", help="forward does not store the state")
-    parser.add_argument("--ahead", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--ahead", type=int, nargs="+", default=[1])
     parser.add_argument("--kernel", choices=("forward", "backward"), default="forward")
     parser.add_argument("--warps", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--programs", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -106,15 +106,20 @@ def main() -> None:
         options.kernel
     ]
     rows = [(microseconds(call), "as launch.plan has it")]
-    grid = itertools.product(options.warps, options.programs, options.registers, (False, True))
-    for warps, programs, registers, whole in grid:
+    grid = itertools.product(
+        options.warps, options.programs, options.registers, options.ahead, (False, True)
+    )
+    for warps, programs, registers, ahead, whole in grid:
         limit = {"maxnreg": registers} if registers else {}
-        chosen = (programs, {"num_warps": warps, "AHEAD": options.ahead, **limit})
+        chosen = (programs, {"num_warps": warps, "AHEAD": ahead, **limit})
         fused.plan = lambda kernel, *size, chosen=chosen: (
             chosen if kernel == options.kernel else PLAN(kernel, *size)
         )
         fused.shape_of = lambda *tensors, cut=whole, **_: SHAPE(*tensors, cut)
-        label = f"warps {warps}, programs {programs}, registers {registers or '-'}, whole {whole}"
+        label = (
+            f"warps {warps}, programs {programs}, registers {registers or '-'}, ahead {ahead}, "
+            f"whole {whole}"
+        )
         try:
             rows.append((microseconds(call), label))
         except Exception as error:  # more registers or warps than there are

@@ -183,6 +183,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         # only made without a cache.
         if use_cache and past_key_values is None and segments is None:
             past_key_values = DynamicCache(config=self.config)
+        given_positions = position_ids
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -195,7 +196,8 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                "position_ids": position_ids,
+                # Only where they were given: looking for documents in them waits for the GPU.
+                "position_ids": given_positions,
             }
             masks = {
                 "full_attention": create_causal_mask(**given),

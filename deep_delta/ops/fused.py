@@ -60,7 +60,8 @@ def read_state(
     out = _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype)
     x_new, row, stats, x_in, context, gates, values = out
     tokens, taps_count = x.shape[0], 0 if taps is None else taps.shape[0]
-    per_processor, options = plan("forward", x.shape[1], x.shape[2], taps_count)
+    stores = new_state == "stored"
+    per_processor, options = plan("forward", x.shape[1], x.shape[2], taps_count, stores)
     walk = per_processor > 0
     shape = shape_of(x, taps, gate, value, whole=not walk)  # alone, a token gains by longer loads
     chunk = share_of(tokens, x.device, per_processor, least=4 * taps_count) if walk else 1
@@ -80,7 +81,7 @@ def read_state(
         gate_bias,
         value,
         value_bias,
-        x_new if new_state == "stored" else None,
+        x_new if stores else None,
         row,
         stats if keep else None,
         x_in if x_in.numel() else None,
@@ -106,7 +107,7 @@ def _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype
     return (
         x.new_empty(0) if new_state == "none" else channel_major(x),
         x.new_empty((tokens, channels) if h is not None else (0,), **fp32),
-        x.new_zeros((tokens, 2 * channels + 2) if keep else (0,), **fp32),
+        x.new_empty((tokens, 2 * channels + 2) if keep else (0,), **fp32),
         x.new_empty((tokens, width) if keep_x_in else (0,)),
         x.new_empty((tokens, width) if context_dtype else (0,), dtype=context_dtype or x.dtype),
         x.new_empty(tokens, gate.shape[0] if gate is not None else 0, **fp32),

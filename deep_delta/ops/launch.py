@@ -30,28 +30,36 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def plan(kernel: str, width: int, channels: int, taps: int) -> tuple[int, dict]:
+def _warps(size: int, each: int) -> int:
+    """A power of two up to 32, of which each has at most so many of the numbers if it can."""
+    return min(1 << max(-(-size // each) - 1, 0).bit_length(), 32)
+
+
+def plan(
+    kernel: str, width: int, channels: int, taps: int, stores: bool = True
+) -> tuple[int, dict]:
     """Programs for each processor, 0 for one a token, and the kernel's and compiler's options.
 
     kernel: "forward", "backward", or "norm" for the first of two backward passes.
+    stores: whether the forward pass stores X'.
 
-    Measured on an H100: the backward pass fills the registers, 255 of each thread: its sums for
+    Measured on an H100. The backward pass fills the registers, 255 of each thread: its sums for
     d_v = 4 want 6 to 8 features of a thread, and eight warps are all that a processor then holds.
-    Not measured yet, but chosen by what the compiler spills: from d·d_v = 6144 on (forward: above
-    8192) one token keeps the memory busy, and the registers for the next are needed: no AHEAD.
+    AHEAD is how many tokens ahead memory is asked for: with one, most of its latency is gone; with
+    more, what was asked for is thrown out of the second-level cache again before it is read.
     """
     if kernel == "norm":
         return 8, {"num_warps": 2}
-    size, warps = width * channels, 1
-    while warps < min(size / 768, 32):
-        warps *= 2
+    size = width * channels
     if kernel == "backward":
+        warps = _warps(size, 768)
         registers = {"maxnreg": 2048 // warps} if warps > 8 else {}
-        return max(8 // warps, 1), {"num_warps": warps, "AHEAD": size < 6144, **registers}
+        return max(8 // warps, 1), {"num_warps": warps, "AHEAD": 1, **registers}
     if channels == 1 and taps <= 1:  # with more taps a program must walk
-        return 0, {"num_warps": 2 * warps, "AHEAD": False}
+        return 0, {"num_warps": 2 * _warps(size, 768), "AHEAD": 0}
+    warps = _warps(size, 1024 if stores else 2048)
     registers = {"maxnreg": min(128, 2048 // warps)}
-    return max(16 // warps, 1), {"num_warps": warps, "AHEAD": size <= 8192, **registers}
+    return max(16 // warps, 1), {"num_warps": warps, "AHEAD": 1, **registers}
 
 
 def share_of(tokens: int, device: torch.device, per_processor: int, least: int = 1) -> int:
@@ -75,8 +83,17 @@ def shape_of(x, taps, gate, value, whole: bool = False) -> dict:
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int]:
-    """Of a state (N, d, d_v), as the kernels take them: token, channel, feature."""
-    return x.stride(0), x.stride(2), x.stride(1)
+    """Of a state (N, d, d_v), as the kernels take them: token, channel, feature.
+
+    Those of a single token and a single channel mean nothing and may be anything; they are made
+    what they usually are, since Triton compiles another kernel for a stride of 1.
+    """
+    tokens, width, channels = x.shape
+    return (
+        x.stride(0) if tokens > 1 else width * channels,
+        x.stride(2) if channels > 1 else width,
+        x.stride(1),
+    )
 
 
 def compact(x: Tensor) -> Tensor:

@@ -102,6 +102,24 @@ def test_embedding_convolution_is_the_reference(dtype):
     right(convolve, tensors, dtype)
 
 
+@pytest.mark.parametrize("case", [SCALAR, Case(channels=4), Case(channels=4, taps=4)], ids=str)
+def test_asking_for_memory_ahead_changes_no_number(case, monkeypatch):
+    """Up to the end of the tokens, where nothing more is to be asked for."""
+    from deep_delta.ops import fused
+
+    case, results = longer(case), []
+    for ahead in (0, 1, 5):
+
+        def plan(kernel, *size, ahead=ahead):
+            programs, options = launch.plan(kernel, *size)
+            return programs, options | ({"AHEAD": ahead} if kernel != "norm" else {})
+
+        monkeypatch.setattr(fused, "plan", plan)
+        results.append(measure(case.read, case.tensors(), "triton", BF16))
+    same(*results[:2])
+    same(*results[1:])
+
+
 @every_kernel
 def test_two_runs_agree_bit_for_bit(dtype, case):
     case = longer(case, 4, 300)
@@ -202,7 +220,7 @@ def compiled_kernels() -> int:
 def test_other_batch_sizes_need_no_other_kernels(case):
     def every_result(batch: int, tokens: int) -> None:
         size = longer(dataclasses.replace(case, width=768), batch, tokens)
-        measure(size.read, size.tensors(), "triton", BF16)
+        measure(size.read, size.tensors(), "triton", BF16, ones=True)  # all lie alike in memory
         embeddings = {"embeddings": normal(2, min(tokens, 10), 768)}
         kernel = {"kernel": normal(768, 4, 4, seed=1)}
         measure(expand, embeddings | kernel, "triton", BF16)

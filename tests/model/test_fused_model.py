@@ -62,13 +62,24 @@ def test_option_is_the_reference(case):
     agree(tiny_config(case))
 
 
+def same_numbers(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Bit for bit; compiled, up to fp32 rounding in sums over d.
+
+    The state is the same bit for bit there too (tests/gpu), but a kernel that rebuilds it is
+    another kernel, and the compiler may lay its sums out in another order.
+    """
+    if DEVICE == "cpu":
+        return torch.equal(actual, expected)
+    return (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @slow
 @pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc", "additive-expanded"])
 def test_rebuilding_changes_no_gradient(variant):
     stored = step(tiny_config(variant, rebuild=0), "triton")
     for rebuild in (1, 3):
         for name, gradient in step(tiny_config(variant, rebuild=rebuild), "triton").items():
-            assert torch.equal(gradient, stored[name]), name
+            assert same_numbers(gradient, stored[name]), name
 
 
 @pytest.mark.parametrize("variant", ["ddl-cc", pytest.param("additive-expanded", marks=slow)])
@@ -81,9 +92,9 @@ def test_rebuilding_changes_no_logit_and_no_hidden_state(variant):
         with torch.no_grad():
             outputs.append(model(ids, use_cache=False, output_hidden_states=True))
     for other in outputs[1:]:
-        assert torch.equal(other.logits, outputs[0].logits)
+        assert same_numbers(other.logits, outputs[0].logits)
         for actual, expected in zip(other.hidden_states, outputs[0].hidden_states, strict=True):
-            assert torch.equal(actual, expected)
+            assert same_numbers(actual, expected)
 
 
 @pytest.mark.parametrize("channels", [1, pytest.param(3, marks=slow)])

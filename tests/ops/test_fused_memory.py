@@ -111,23 +111,6 @@ def test_chunks_may_be_shorter_than_a_compressor_and_end_inside_a_document(chunk
     right(expand, embedding_tensors())
 
 
-@pytest.mark.parametrize("case", KINDS[2:], ids=str)
-def test_loading_a_token_ahead_changes_no_number(case, monkeypatch):
-    """Large states have no registers for it, small ones are slower without."""
-    from deep_delta.ops import fused
-
-    results = []
-    for ahead in (True, False):
-
-        def plan(kernel, *size, ahead=ahead):
-            programs, options = launch.plan(kernel, *size)
-            return programs, options | ({"AHEAD": ahead} if kernel != "norm" else {})
-
-        monkeypatch.setattr(fused, "plan", plan)
-        results.append(measure(case.read, case.tensors(), "triton"))
-    same(*results)
-
-
 @pytest.mark.parametrize("case", KINDS[-1:], ids=str)  # tests/gpu tries every kind
 def test_two_runs_agree_bit_for_bit(case):
     same(*(measure(case.read, case.tensors(), "triton") for _ in range(2)))

@@ -8,7 +8,7 @@ in every run.
 import triton
 import triton.language as tl
 
-from deep_delta.ops.kernels.forward import compress, fetch_state
+from deep_delta.ops.kernels.forward import compress, fetch_state, fetch_write, touch_token
 from deep_delta.ops.kernels.tiles import (
     RUNTIME,
     accumulate,
@@ -21,6 +21,8 @@ from deep_delta.ops.kernels.tiles import (
     rebuild,
     store_vector,
     sum_many,
+    touch,
+    touch_vector,
     widen,
     zero_numbers,
     zero_vectors,
@@ -28,27 +30,23 @@ from deep_delta.ops.kernels.tiles import (
 
 
 @triton.jit
-def fetch_gradient(
-    d_context,
-    d_gates,
-    d_values,
-    token,
-    D: tl.constexpr,
-    GATES: tl.constexpr,
-    VALUES: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The gradients of the context and of the logits at one token."""
-    d_contexts = ()
+def fetch_vectors(rows, token, D: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+    """All pieces of one row of a (tokens, D) matrix."""
+    pieces = ()
     for p in tl.static_range(PIECES):
-        d_contexts = d_contexts + (load_vector(d_context, token, p, D, BLOCK),)
+        pieces = pieces + (load_vector(rows, token, p, D, BLOCK),)
+    return pieces
+
+
+@triton.jit
+def fetch_logits(d_gates, d_values, token, GATES: tl.constexpr, VALUES: tl.constexpr):
+    """The gradients of the logits at one token."""
     d_logits = ()
     if GATES > 0:
         d_logits = load_row(d_gates + token * GATES, GATES)
     if VALUES > 0:
         d_logits = d_logits + load_row(d_values + token * VALUES, VALUES)
-    return d_contexts, d_logits
+    return d_logits
 
 
 @triton.jit
@@ -121,9 +119,8 @@ def norm_backward(
     for _ in tl.static_range(PIECES):
         weights = weights + (zero_vectors(rows, BLOCK),)
     for token in range(first, end):
-        d_contexts, d_logits = fetch_gradient(
-            d_context, d_gates, d_values, token, D, GATES, VALUES, PIECES, BLOCK
-        )
+        d_contexts = fetch_vectors(d_context, token, D, PIECES, BLOCK)
+        d_logits = fetch_logits(d_gates, d_values, token, GATES, VALUES)
         if GATES + VALUES > 0:
             biases = accumulate(biases, d_logits)
         rstd = tl.load(stats + token * STATS + RSTD)
@@ -152,60 +149,6 @@ def norm_backward(
             store_vector(own, q, weights[p][q], True, p, D, BLOCK)
     for q in tl.static_range(GATES + VALUES):
         tl.store(own + rows * D + q, biases[q])
-
-
-@triton.jit
-def fetch_backward(
-    x,
-    x_token,
-    x_channel,
-    x_feature,
-    trail_h,
-    trail_row,
-    h,
-    row_in,
-    stats,
-    target,
-    erase,
-    dx_new,
-    dx_token,
-    dx_channel,
-    dx_feature,
-    d_context,
-    d_gates,
-    d_values,
-    token,
-    read_token,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    GATES: tl.constexpr,
-    VALUES: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Everything that `backward` reads at one token, as it lies in memory."""
-    state = fetch_state(
-        x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase, token, D, DV,
-        PIECES, BLOCK,
-    )  # fmt: skip
-    row = ()
-    if h is not None:
-        row = load_row(row_in + token * DV, DV)
-    numbers = ()
-    if stats is not None:
-        numbers = load_row(stats + token * (2 * DV + 2), 2 * DV + 2)
-    grads = ()
-    if dx_new is not None:
-        for p in tl.static_range(PIECES):
-            grads = grads + (
-                load_state(dx_new, dx_token, dx_channel, dx_feature, token, p, D, DV, BLOCK),
-            )
-    gradient = ((), ())
-    if d_context is not None:
-        gradient = fetch_gradient(
-            d_context, d_gates, d_values, read_token, D, GATES, VALUES, PIECES, BLOCK
-        )
-    return state, row, numbers, grads, gradient
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -276,23 +219,49 @@ def backward(
             nearest = tl.minimum(first + s, tokens - 1)
             opening = opening + (load_vector(d_context, nearest, p, D, BLOCK),)
         window = window + (opening,)
-    ahead = fetch_backward(
-        x, x_token, x_channel, x_feature, trail_h, trail_row, h, row_in, stats, target, erase,
-        dx_new, dx_token, dx_channel, dx_feature, d_context, d_gates, d_values, first,
-        tl.minimum(first + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
-    )  # fmt: skip
     for token in range(first, end):
-        fetched = tl.minimum(token + 1, end - 1) if AHEAD else token
-        loaded = fetch_backward(
-            x, x_token, x_channel, x_feature, trail_h, trail_row, h, row_in, stats, target, erase,
-            dx_new, dx_token, dx_channel, dx_feature, d_context, d_gates, d_values, fetched,
-            tl.minimum(fetched + halo, tokens - 1), D, DV, GATES, VALUES, PIECES, BLOCK,
-        )  # fmt: skip
-        state, row, numbers, grads, gradient = ahead if AHEAD else loaded
-        if AHEAD:
-            ahead = loaded
-        raw, past_keys, past_rows, raw_keys, entries, strengths = state
-        d_contexts, d_logits = gradient
+        raw, past_keys, raw_keys = fetch_state(
+            x, x_token, x_channel, x_feature, trail_h, h, token, D, DV, PIECES, BLOCK
+        )
+        grads = ()
+        if dx_new is not None:
+            for p in tl.static_range(PIECES):
+                grads = grads + (
+                    load_state(dx_new, dx_token, dx_channel, dx_feature, token, p, D, DV, BLOCK),
+                )
+        d_contexts = ()
+        if d_context is not None:
+            d_contexts = fetch_vectors(
+                d_context, tl.minimum(token + halo, tokens - 1), D, PIECES, BLOCK
+            )
+        past_rows, entries, strengths = fetch_write(trail_row, target, erase, token, DV)
+        row = ()
+        if h is not None:
+            row = load_row(row_in + token * DV, DV)
+        numbers = ()
+        if stats is not None:
+            numbers = load_row(stats + token * (2 * DV + 2), 2 * DV + 2)
+        d_logits = fetch_logits(d_gates, d_values, token, GATES, VALUES)
+        if AHEAD > 0:
+            later = tl.minimum(token + AHEAD, tokens - 1)
+            touch_token(
+                x, x_token, x_channel, trail_h, trail_row, h, target, erase, later, D, DV, PIECES,
+                BLOCK,
+            )  # fmt: skip
+            if dx_new is not None:
+                for j in tl.static_range(DV):
+                    touch_vector(dx_new + later * dx_token + j * dx_channel, D, BLOCK, PIECES)
+            if d_context is not None:
+                read_later = tl.minimum(later + halo, tokens - 1)
+                touch_vector(d_context + read_later * D, D, BLOCK, PIECES)
+            if stats is not None:
+                touch(stats + later * (2 * DV + 2))
+            if h is not None:
+                touch(row_in + later * DV)
+            if GATES > 0:
+                touch(d_gates + later * GATES)
+            if VALUES > 0:
+                touch(d_values + later * VALUES)
         if logits > 0:
             biases = accumulate(biases, d_logits)
 

@@ -5,10 +5,10 @@ gate, s the scale, r = s(a − b·s·hᵀX) the row of the rank-1 write X' = X +
 state, g the norm's weight, c = x_in·rstd·g the context.
 
 A program walks along neighbouring tokens. All of a token's sums over d are made in two reductions,
-because a reduction costs more than the arithmetic around it; and the loads of the next token run
-under the arithmetic of this one. An argument that is None is not there: no pending write, no norm,
-nothing to store. Where X itself was not stored, `x` is an earlier state and the trail holds the
-writes since.
+because a reduction costs more than the arithmetic around it; and the next token's memory is asked
+for before this one's arithmetic, so that its loads find it in the second-level cache. An argument
+that is None is not there: no pending write, no norm, nothing to store. Where X itself was not
+stored, `x` is an earlier state and the trail holds the writes since.
 """
 
 import triton
@@ -24,8 +24,12 @@ from deep_delta.ops.kernels.tiles import (
     load_vector,
     load_weight,
     rebuild,
+    store_numbers,
     store_vector,
     sum_many,
+    touch,
+    touch_vector,
+    zero_numbers,
     zero_vectors,
 )
 
@@ -37,17 +41,14 @@ def fetch_state(
     x_channel,
     x_feature,
     trail_h,
-    trail_row,
     h,
-    target,
-    erase,
     token,
     D: tl.constexpr,
     DV: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The stored state, the writes since, and the pending one at one token, as they lie there."""
+    """The stored state and the directions of the writes since and of the pending one."""
     channels = ()
     past_keys = ()
     keys = ()
@@ -61,8 +62,14 @@ def fetch_state(
         past_keys = past_keys + (past,)
         if h is not None:
             keys = keys + (load_vector(h, token, p, D, BLOCK),)
+    return channels, past_keys, keys
+
+
+@triton.jit
+def fetch_write(trail_row, target, erase, token, DV: tl.constexpr):
+    """The rows of the writes since the stored state, and target and gate of the pending one."""
     past_rows = ()
-    for i in tl.static_range(len(trail_h)):
+    for i in tl.static_range(len(trail_row)):
         past_rows = past_rows + (load_row(trail_row[i] + token * DV, DV),)
     entries = ()
     strength = ()
@@ -70,7 +77,37 @@ def fetch_state(
         entries = load_row(target + token * DV, DV)
     if erase is not None:
         strength = load_row(erase + token, 1)
-    return channels, past_keys, past_rows, keys, entries, strength
+    return past_rows, entries, strength
+
+
+@triton.jit
+def touch_token(
+    x,
+    x_token,
+    x_channel,
+    trail_h,
+    trail_row,
+    h,
+    target,
+    erase,
+    token,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What `fetch_state` and `fetch_write` will read at a later token."""
+    for j in tl.static_range(DV):
+        touch_vector(x + token * x_token + j * x_channel, D, BLOCK, PIECES)
+    for i in tl.static_range(len(trail_h)):
+        touch_vector(trail_h[i] + token * D, D, BLOCK, PIECES)
+        touch(trail_row[i] + token * DV)
+    if h is not None:
+        touch_vector(h + token * D, D, BLOCK, PIECES)
+    if target is not None:
+        touch(target + token * DV)
+    if erase is not None:
+        touch(erase + token)
 
 
 @triton.jit
@@ -168,18 +205,16 @@ def forward(
     carried = ()
     for _ in tl.static_range(PIECES):
         carried = carried + (zero_vectors(halo, BLOCK),)
-    ahead = fetch_state(
-        x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase, begin, D, DV,
-        PIECES, BLOCK,
-    )  # fmt: skip
     for token in range(begin, end):
-        loaded = fetch_state(
-            x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase,
-            tl.minimum(token + 1, end - 1) if AHEAD else token, D, DV, PIECES, BLOCK,
-        )  # fmt: skip
-        raw, past_keys, past_rows, raw_keys, entries, strength = ahead if AHEAD else loaded
-        if AHEAD:
-            ahead = loaded
+        raw, past_keys, raw_keys = fetch_state(
+            x, x_token, x_channel, x_feature, trail_h, h, token, D, DV, PIECES, BLOCK
+        )
+        past_rows, entries, strength = fetch_write(trail_row, target, erase, token, DV)
+        if AHEAD > 0:
+            touch_token(
+                x, x_token, x_channel, trail_h, trail_row, h, target, erase,
+                tl.minimum(token + AHEAD, tokens - 1), D, DV, PIECES, BLOCK,
+            )  # fmt: skip
         own = token >= first
 
         state = ()
@@ -198,9 +233,10 @@ def forward(
                 if direction_eps is not None:
                     terms = terms + (key * key,)
                 products = terms if p == 0 else accumulate(products, terms)
+        scale = 1.0
+        readouts = ()
         if h is not None:
             sums = sum_many(products)
-            scale = 1.0
             if direction_eps is not None:
                 scale = tl.rsqrt(sums[len(sums) - 1] + direction_eps * direction_eps)
             row = ()
@@ -214,10 +250,11 @@ def forward(
                     entry -= strength[0] * readout
                 row = row + (entry * scale,)
                 tl.store(row_out + token * DV + j, entry * scale, own)
-                if stats is not None:
-                    tl.store(stats + token * (2 * DV + 2) + j, readout, own)
-            if stats is not None:
-                tl.store(stats + token * (2 * DV + 2) + DV, scale, own)
+                readouts = readouts + (readout,)
+
+        if stats is not None:
+            readouts = readouts if h is not None else zero_numbers(DV)
+            store_numbers(stats + token * (2 * DV + 2), readouts + (scale,), own)
 
         start = is_start(starts, token, length)
         x_ins = ()
@@ -251,9 +288,10 @@ def forward(
                                 crossed *= load_weight(taps, j, p, D, BLOCK)
                             terms = terms + (crossed,)
                     products = terms if p == 0 else accumulate(products, terms)
+        rstd = 1.0
+        crossings = zero_numbers(DV)
         if context is not None:
             carried = handing
-            rstd = 1.0
             if norm is not None:
                 sums = sum_many(products)
                 rstd = tl.rsqrt(sums[0] / D + norm_eps)
@@ -267,14 +305,14 @@ def forward(
                     if value_bias is not None:
                         logit += value_shift[j]
                     tl.store(value_logits + token * VALUES + j, logit, own)
-                if stats is not None:
-                    tl.store(stats + token * (2 * DV + 2) + DV + 1, rstd, own)
                 if crossing:
+                    crossings = ()
                     for j in tl.static_range(DV):
-                        at = stats + token * (2 * DV + 2) + DV + 2 + j
-                        tl.store(at, sums[1 + GATES + VALUES + j], own)
+                        crossings = crossings + (sums[1 + GATES + VALUES + j],)
             for p in tl.static_range(PIECES):
                 out = x_ins[p]
                 if norm is not None:
                     out = out * load_weight(norm, 0, p, D, BLOCK) * rstd
                 store_vector(context, token, out, own, p, D, BLOCK)
+        if stats is not None:
+            store_numbers(stats + token * (2 * DV + 2) + DV + 1, (rstd,) + crossings, own)

@@ -1,0 +1,33 @@
+"""A step queues its work and never waits for the GPU: a wait leaves the GPU idle afterwards."""
+
+import pytest
+from helpers import tiny_config, token_ids
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deep_delta import DeepDeltaForCausalLM
+
+WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
+
+
+class Waits(TorchDispatchMode):
+    """The operators that read a number back from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in WAITS:
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["additive", "ddl-cc", "ddl-tc"])
+def test_a_training_step_reads_nothing_back(variant):
+    model = DeepDeltaForCausalLM(tiny_config(variant)).train()
+    ids = token_ids(2, 8)
+    with Waits() as waits:
+        model(ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
+        assert waits.found == []
+        int(ids.sum())
+    assert waits.found == [WAITS[0]]  # it would have been seen
