@@ -15,7 +15,6 @@ import gc
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from deep_delta.bench.subject import Setup, Subject, graphs_apart
-from deep_delta.bench.timing import times
+from deep_delta.bench.timing import host_time, times
 
 STEPS, PROFILED = 30, 2
 LEAD = 400_000_000  # GPU cycles that the host gets ahead: more than it needs for a profiled step
@@ -50,18 +49,6 @@ def sensors() -> Iterator[dict[str, float]]:
         if numbers:
             clocks, watts = zip(*numbers, strict=True)
             found |= {"MHz": statistics.median(clocks), "W": statistics.median(watts)}
-
-
-def queueing_time(subject: Subject) -> float:
-    """Seconds that the host needs to queue one step on an idle GPU."""
-    found = []
-    for _ in range(5):
-        work = subject.work("train")
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
 
 
 def profiled_kernels(subject: Subject) -> list[tuple[int, int, str, int]]:
@@ -136,7 +123,7 @@ def main() -> None:
                 seconds = statistics.median(times([work], STEPS))
             shown = ", ".join(f"{value:.0f} {unit}" for unit, value in seen.items())
             print(f"{subject}: step {seconds * 1e3:.2f} ms ({shown})")
-            print(f"  queued by the host in {queueing_time(subject) * 1e3:.1f} ms")
+            print(f"  queued by the host in {(host_time(work) or 0) * 1e3:.1f} ms")
             report(profiled_kernels(subject))
             subject.release()
             gc.collect()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where nothi
 import torch
 
 from deep_delta.bench.timing import copy_bandwidth
-from deep_delta.ops import fused, launch
+from deep_delta.ops import fused, fused_launch, launch
 
 TOKENS, LENGTH, REPLAYS = 32_768, 1024, 5
 PLAN, SHAPE = launch.plan, launch.shape_of
@@ -112,10 +112,10 @@ def main() -> None:
     for warps, programs, registers, ahead, whole in grid:
         limit = {"maxnreg": registers} if registers else {}
         chosen = (programs, {"num_warps": warps, "AHEAD": ahead, **limit})
-        fused.plan = lambda kernel, *size, chosen=chosen: (
-            chosen if kernel == options.kernel else PLAN(kernel, *size)
+        fused_launch.plan = lambda kernel, *size, chosen=chosen, **how: (
+            chosen if kernel == options.kernel else PLAN(kernel, *size, **how)
         )
-        fused.shape_of = lambda *tensors, cut=whole, **_: SHAPE(*tensors, cut)
+        fused_launch.shape_of = lambda *tensors, cut=whole, **_: SHAPE(*tensors, cut)
         label = (
             f"warps {warps}, programs {programs}, registers {registers or '-'}, ahead {ahead}, "
             f"whole {whole}"

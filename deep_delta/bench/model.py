@@ -14,7 +14,7 @@ from deep_delta.accounting import PeakMemory, flops_per_token
 from deep_delta.bench.op import available_providers
 from deep_delta.bench.record import OK, Record, chosen, table
 from deep_delta.bench.subject import Setup, Subject, Wrong, graphs_apart
-from deep_delta.bench.timing import device, times
+from deep_delta.bench.timing import device, host_time, times
 from deep_delta.errors import UserError
 from deep_delta.model.loss import LOSSES, resolve_loss
 from deep_delta.model.presets import SIZES, VARIANTS
@@ -23,7 +23,7 @@ MODES = ("train", "prefill")
 STATE_DTYPES = ("bfloat16", "float16", "float32")
 BASELINE = "additive"
 ROUNDS = 4
-ONCE_A_MODE = ("time", "tokens/s", "ratio")
+ONCE_A_MODE = ("time", "host", "tokens/s", "ratio")
 ONCE = ("peak memory", "memory ratio", "MFU", "first step")  # with the first mode
 FILLED = 0.85  # of the GPU's memory that all models and the largest step may take together
 
@@ -87,6 +87,7 @@ class Benchmark:
     def __init__(self, setup: Setup, steps: int, warmup: int, record: Record):
         self.setup, self.steps, self.warmup, self.record = setup, steps, warmup, record
         self.seconds: dict[Subject, dict[str, float]] = {}  # medians
+        self.host: dict[tuple[Subject, str], float | None] = {}
         self.peak: dict[Subject, int] = {}
         self.rows: dict[Subject, dict[str, str]] = {}
         self.kept: list[Subject] = []
@@ -125,6 +126,8 @@ class Benchmark:
                 with PeakMemory() as peak:
                     self.seconds[subject][mode] = self._alone(subject, mode)
                 self.peak.setdefault(subject, peak.bytes - held)
+                work = functools.partial(subject.work, mode)
+                self.host[subject, mode] = host_time(work)
             self._report(subject, "alone", OK)
         except Wrong as error:
             return str(error)
@@ -224,6 +227,9 @@ class Benchmark:
         if baseline is not None:
             ratio = self.seconds[baseline][mode] / seconds
             figures["ratio"], shown[f"{mode} ratio"] = f"{ratio:.4f}", f"{ratio:.3f}"
+        host = self.host[subject, mode]
+        if host is not None:
+            figures["host_ms"], shown[f"{mode} host"] = f"{host * 1e3:.4g}", f"{host * 1e3:.1f} ms"
         if mode != self.setup.modes[0]:
             return figures, shown
         figures["peak_gib"] = f"{peak / 2**30:.3f}"

@@ -19,7 +19,7 @@ ENVIRONMENT = ("date", "commit", "command", "device", "torch", "triton", "transf
 MEASURED = (
     "level", "name", "provider", "pass", "timing", "settings", "dtype", "ms", "bytes",
     "share_of_copy", "copy_gb_per_s", "tokens_per_s", "ratio", "peak_gib", "peak_ratio", "mfu",
-    "first_step_s", "status",
+    "host_ms", "first_step_s", "status",
 )  # fmt: skip
 COLUMNS = (*ENVIRONMENT, *MEASURED)  # benchmarks/README.md says what each one means
 OK = "ok"

@@ -52,6 +52,22 @@ def times(works: Sequence[Work], repeats: int, warm_up: int = WARM_UP) -> list[f
     return [start.elapsed_time(end) / 1e3 for start, end in marks]
 
 
+def host_time(work: Work, repeats: int = 5) -> float | None:
+    """Median seconds that the host needs to queue one call on an idle GPU; None on a CPU.
+
+    Where that is longer than the call takes on the GPU, the GPU waits for the host.
+    """
+    if not torch.cuda.is_available():
+        return None
+    found = []
+    for _ in range(repeats):
+        call = work()
+        torch.cuda.synchronize()
+        found.append(_seconds(call))
+    torch.cuda.synchronize()
+    return statistics.median(found)
+
+
 def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()

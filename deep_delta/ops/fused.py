@@ -9,17 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deep_delta.ops.fused_launch import Read, ReadBackward
 from deep_delta.ops.kernels import backward, forward
-from deep_delta.ops.launch import (
-    channel_major,
-    compact,
-    document_starts,
-    partial_sums,
-    plan,
-    shape_of,
-    share_of,
-    strides_of,
-)
+from deep_delta.ops.launch import compile_early, document_starts, start
 
 Grads = tuple[Tensor | None, ...]
 
@@ -57,69 +49,22 @@ def read_state(
     Outputs that are not asked for are empty: X' with "none", what only a backward pass needs
     (stats, and x_in for K > 1) without `keep`, the context without `context_dtype`.
     """
-    out = _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype)
-    x_new, row, stats, x_in, context, gates, values = out
-    tokens, taps_count = x.shape[0], 0 if taps is None else taps.shape[0]
-    stores = new_state == "stored"
-    per_processor, options = plan("forward", x.shape[1], x.shape[2], taps_count, stores)
-    walk = per_processor > 0
-    shape = shape_of(x, taps, gate, value, whole=not walk)  # alone, a token gains by longer loads
-    chunk = share_of(tokens, x.device, per_processor, least=4 * taps_count) if walk else 1
-    source = compact(x if trail_x is None else trail_x)
-    forward.forward[(-(-tokens // chunk),)](
-        source,
-        *strides_of(source),
-        tuple(trail_h),
-        tuple(trail_row),
-        h,
-        target,
-        erase,
-        starts,
-        taps,
-        norm,
-        gate,
-        gate_bias,
-        value,
-        value_bias,
-        x_new if stores else None,
-        row,
-        stats if keep else None,
-        x_in if x_in.numel() else None,
-        context if context_dtype else None,
-        gates,
-        values,
-        tokens,
-        length,
-        chunk,
-        direction_eps,
-        norm_eps,
-        VALUE_ON_STATE=value_on_state,
-        **options,
-        **shape,
-    )
-    return out
-
-
-def _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype):
-    tokens, width, channels = x.shape
-    fp32 = {"dtype": torch.float32}
-    keep_x_in = keep and norm is not None and taps is not None and taps.shape[0] > 1
-    return (
-        x.new_empty(0) if new_state == "none" else channel_major(x),
-        x.new_empty((tokens, channels) if h is not None else (0,), **fp32),
-        x.new_empty((tokens, 2 * channels + 2) if keep else (0,), **fp32),
-        x.new_empty((tokens, width) if keep_x_in else (0,)),
-        x.new_empty((tokens, width) if context_dtype else (0,), dtype=context_dtype or x.dtype),
-        x.new_empty(tokens, gate.shape[0] if gate is not None else 0, **fp32),
-        x.new_empty(tokens, value.shape[0] if value is not None else 0, **fp32),
-    )
+    inputs = Read(
+        x, h, target, erase, direction_eps, taps, norm, norm_eps, gate, gate_bias, value,
+        value_bias, value_on_state, starts, length, new_state, keep, context_dtype, trail_x,
+        trail_h, trail_row,
+    )  # fmt: skip
+    out = inputs.outputs()
+    start(forward.forward, *inputs.launch(out, x.shape[0]))
+    return out  # type: ignore[return-value]
 
 
 @read_state.register_fake
-def _(x, h, target, erase, direction_eps, taps, norm, norm_eps, gate, gate_bias, value, value_bias,
-      value_on_state, starts, length, new_state, keep, context_dtype, trail_x, trail_h,
-      trail_row):  # fmt: skip
-    return _empty_outputs(x, h, taps, norm, gate, value, new_state, keep, context_dtype)
+def _(*arguments):
+    inputs = Read(*arguments)
+    out = inputs.outputs()
+    compile_early(forward.forward, *inputs.launch(out, 1)[1:])
+    return out
 
 
 @torch.library.custom_op("deep_delta::read_state_backward", mutates_args=())
@@ -150,111 +95,32 @@ def read_state_backward(
 
     Taps, norm, gate and value rows, then the biases of gates and values, whether there are any.
     """
-    dx, dh, d_target, d_erase, _ = out = _empty_gradients(
-        x, h, target, erase, taps, norm, gate, value
-    )
-    x, dx_new = compact(x), None if dx_new is None else compact(dx_new)
-    shape = shape_of(x, taps, gate, value)
-    tokens, after = x.shape[0], []
-    if norm is not None and shape["K"] > 1:  # needs dx_in of later tokens, so that is made first
-        d_context, d_norm = _norm_backward(
-            x_in, stats, norm, gate, value, value_on_state, d_context, d_gates, d_values, shape
-        )
-        after = [d_norm]
-        norm = gate = value = None
-        shape |= {"GATES": 0, "VALUES": 0}
-    logits = 0 if norm is None else shape["GATES"] + shape["VALUES"]
-    rows = shape["K"] * shape["DV"] + (0 if norm is None else 1 + logits)
-    per_processor, options = plan("backward", x.shape[1], x.shape[2], shape["K"])
-    chunk = share_of(tokens, x.device, per_processor)
-    partial = partial_sums(-(-tokens // chunk), rows, x, logits)
-    backward.backward[(partial.shape[0],)](
-        x,
-        *strides_of(x),
-        tuple(trail_h),
-        tuple(trail_row),
-        h,
-        row,
-        stats,
-        target,
-        erase,
-        starts,
-        taps,
-        norm,
-        gate,
-        value,
-        dx_new,
-        *((0, 0, 0) if dx_new is None else strides_of(dx_new)),
-        d_context,
-        d_gates,
-        d_values,
-        dx,
-        dh,
-        d_target,
-        d_erase,
-        partial,
-        tokens,
-        length,
-        chunk,
-        UNIT=unit,
-        VALUE_ON_STATE=value_on_state,
-        **shape,
-        **options,
-    )
+    inputs = ReadBackward(
+        x, trail_h, trail_row, h, row, stats, x_in, target, erase, unit, taps, norm, gate, value,
+        value_on_state, starts, length, dx_new, d_context, d_gates, d_values,
+    )  # fmt: skip
+    out, tokens, after = inputs.outputs(), x.shape[0], []
+    if inputs.needs_norm_first():
+        dx_in = inputs.empty_dx_in()
+        launch, partial = inputs.norm_launch(dx_in, tokens)
+        start(backward.norm_backward, *launch)
+        inputs, after = inputs.after_norm(dx_in), [partial.sum(0)]
+    launch, partial = inputs.launch(out, tokens)
+    start(backward.backward, *launch)
     sums = torch.cat([partial.sum(0), *after]) if after else partial.sum(0)
-    return (*out[:-1], sums)
-
-
-def _norm_backward(
-    x_in, stats, norm, gate, value, value_on_state, d_context, d_gates, d_values, shape
-):
-    """dx_in (N, d) and the gradients of norm, gate and value rows and biases, as one row."""
-    tokens = x_in.shape[0]
-    per_processor, options = plan("norm", shape["D"], 1, shape["K"])
-    chunk = share_of(tokens, x_in.device, per_processor)
-    dx_in = torch.empty_like(d_context, dtype=torch.float32)  # the taps' gradient is a sum of it
-    logits = shape["GATES"] + shape["VALUES"]
-    partial = partial_sums(-(-tokens // chunk), 1 + logits, x_in, logits)
-    backward.norm_backward[(partial.shape[0],)](
-        x_in,
-        stats,
-        norm,
-        gate,
-        value,
-        d_context,
-        d_gates,
-        d_values,
-        dx_in,
-        partial,
-        tokens,
-        chunk,
-        STATS=2 * shape["DV"] + 2,
-        RSTD=shape["DV"] + 1,
-        VALUE_ON_STATE=value_on_state,
-        **{key: shape[key] for key in ("D", "GATES", "VALUES", "PIECES", "BLOCK")},
-        **options,
-    )
-    return dx_in, partial.sum(0)
-
-
-def _empty_gradients(x, h, target, erase, taps, norm, gate, value):
-    shape = shape_of(x, taps, gate, value)
-    logits = shape["GATES"] + shape["VALUES"]
-    rows = shape["K"] * shape["DV"] + (0 if norm is None else 1 + logits)
-    none = x.new_empty(0)
-    return (
-        channel_major(x),
-        none if h is None else torch.empty_like(h),
-        none.clone() if target is None else torch.empty_like(target),
-        none.clone() if erase is None else torch.empty_like(erase),
-        x.new_empty(rows * x.shape[1] + (0 if norm is None else logits), dtype=torch.float32),
-    )
+    return (*out[:-1], sums)  # type: ignore[return-value]
 
 
 @read_state_backward.register_fake
-def _(x, trail_h, trail_row, h, row, stats, x_in, target, erase, unit, taps, norm, gate, value,
-      value_on_state, starts, length, dx_new, d_context, d_gates, d_values):  # fmt: skip
-    return _empty_gradients(x, h, target, erase, taps, norm, gate, value)
+def _(*arguments):
+    inputs = ReadBackward(*arguments)
+    out = inputs.outputs()
+    if inputs.needs_norm_first():
+        dx_in = inputs.empty_dx_in()
+        compile_early(backward.norm_backward, *inputs.norm_launch(dx_in, 1)[0][1:])
+        inputs = inputs.after_norm(dx_in)
+    compile_early(backward.backward, *inputs.launch(out, 1)[0][1:])
+    return out
 
 
 def is_plain(x, h, target, erase, direction_eps) -> bool:
@@ -264,23 +130,37 @@ def is_plain(x, h, target, erase, direction_eps) -> bool:
 
 
 def _keep(ctx, inputs, output) -> None:
-    (x, h, target, erase, eps, taps, norm, _, gate, gate_bias, value, value_bias,
-     ctx.value_on_state, starts, ctx.length, new_state, _, context_dtype, trail_x, trail_h,
-     trail_row) = inputs  # fmt: skip
+    read = Read(*inputs)
     x_new, row, stats, x_in = output[:4]
-    ctx.reads, ctx.unit, ctx.trail = context_dtype, eps is not None, len(trail_h)
-    ctx.has_x = new_state != "none"
-    ctx.biases = tuple(None if b is None else b.dtype for b in (gate_bias, value_bias))
+    ctx.value_on_state, ctx.length, ctx.reads = (
+        read.value_on_state,
+        read.length,
+        read.context_dtype,
+    )
+    ctx.unit, ctx.trail = read.direction_eps is not None, len(read.trail_h)
+    ctx.has_x = read.new_state != "none"
+    ctx.biases = tuple(None if b is None else b.dtype for b in (read.gate_bias, read.value_bias))
     ctx.plain = None
-    write, trail = (h, row), [*trail_h, *trail_row]
-    source = x if trail_x is None else trail_x
-    if new_state == "stored" and is_plain(x, h, target, erase, eps):
-        ctx.plain = h.dtype
+    write, trail = (read.h, row), [*read.trail_h, *read.trail_row]
+    source = read.x if read.trail_x is None else read.trail_x
+    if read.new_state == "stored" and is_plain(*read[:5]):
+        assert read.h is not None
+        ctx.plain = read.h.dtype
         source, write, trail = x_new, (None, None), []
-    x_in = x_in if x_in.numel() else None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        source, *write, stats, x_in, target, erase, taps, norm, gate, value, starts, *trail
+        source,
+        *write,
+        stats,
+        x_in if x_in.numel() else None,
+        read.target,
+        read.erase,
+        read.taps,
+        read.norm,
+        read.gate,
+        read.value,
+        read.starts,
+        *trail,
     )
 
 

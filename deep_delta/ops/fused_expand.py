@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from deep_delta.ops.kernels import embedding
-from deep_delta.ops.launch import block_size, document_starts, partial_sums, share_of
+from deep_delta.ops.launch import (
+    block_size,
+    compile_early,
+    document_starts,
+    partial_sums,
+    share_of,
+    start,
+)
 
 
 @torch.library.custom_op("deep_delta::expand", mutates_args=())
@@ -15,15 +22,18 @@ def expand_embeddings(
     tokens, (_, channels, width) = x.shape[0], taps.shape
     out = x.new_empty(tokens, channels, width, dtype=dtype)
     chunk, shape = _expand_plan(tokens, taps, x.device)
-    embedding.expand_forward[(-(-tokens // chunk), -(-width // shape["BLOCK"]))](
-        x, starts, taps, out, tokens, length, chunk, **shape
-    )
+    programs = (-(-tokens // chunk), -(-width // shape["BLOCK"]))
+    arguments = (x, starts, taps, out, tokens, length, chunk)
+    start(embedding.expand_forward, programs, arguments, shape)
     return out
 
 
 @expand_embeddings.register_fake
 def _(x, taps, starts, length, dtype):
-    return x.new_empty(x.shape[0], taps.shape[1], taps.shape[2], dtype=dtype)
+    out = x.new_empty(x.shape[0], taps.shape[1], taps.shape[2], dtype=dtype)
+    chunk, shape = _expand_plan(1, taps, x.device)
+    compile_early(embedding.expand_forward, (x, starts, taps, out, 1, length, chunk), shape)
+    return out
 
 
 def _expand_plan(tokens: int, taps: Tensor, device: torch.device) -> tuple[int, dict]:
@@ -41,15 +51,19 @@ def expand_embeddings_backward(
     dx, tokens = torch.empty_like(x), x.shape[0]
     chunk, shape = _expand_plan(tokens, taps, x.device)
     partial = partial_sums(-(-tokens // chunk), taps.shape[0] * taps.shape[1], x)
-    embedding.expand_backward[(partial.shape[0], -(-x.shape[1] // shape["BLOCK"]))](
-        x, starts, taps, d_out, dx, partial, tokens, length, chunk, **shape
-    )
+    programs = (partial.shape[0], -(-x.shape[1] // shape["BLOCK"]))
+    arguments = (x, starts, taps, d_out, dx, partial, tokens, length, chunk)
+    start(embedding.expand_backward, programs, arguments, shape)
     return dx, partial.sum(0).view_as(taps)
 
 
 @expand_embeddings_backward.register_fake
 def _(x, taps, starts, length, d_out):
-    return torch.empty_like(x), torch.empty_like(taps, dtype=torch.float32)
+    dx, d_taps = torch.empty_like(x), torch.empty_like(taps, dtype=torch.float32)
+    chunk, shape = _expand_plan(1, taps, x.device)
+    arguments = (x, starts, taps, d_out, dx, d_taps, 1, length, chunk)
+    compile_early(embedding.expand_backward, arguments, shape)
+    return dx, d_taps
 
 
 def _keep_embeddings(ctx, inputs, output) -> None:

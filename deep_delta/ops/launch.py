@@ -1,9 +1,15 @@
 """How the kernels are launched: sizes of pieces and programs, and the compiler's options."""
 
 import functools
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Compilations under way, by the kernel's name, and everything that ever was under way.
+_under_way: dict[str, list[threading.Thread]] = {}
+_begun: set[Any] = set()
 
 
 def channel_major(x: Tensor) -> Tensor:
@@ -36,12 +42,19 @@ def _warps(size: int, each: int) -> int:
 
 
 def plan(
-    kernel: str, width: int, channels: int, taps: int, stores: bool = True
+    kernel: str,
+    width: int,
+    channels: int,
+    taps: int,
+    *,
+    stores: bool = True,
+    writes: bool = True,
 ) -> tuple[int, dict]:
     """Programs for each processor, 0 for one a token, and the kernel's and compiler's options.
 
     kernel: "forward", "backward", or "norm" for the first of two backward passes.
     stores: whether the forward pass stores X'.
+    writes: whether a write is pending.
 
     Measured on an H100. The backward pass fills the registers, 255 of each thread: its sums for
     d_v = 4 want 6 to 8 features of a thread, and eight warps are all that a processor then holds.
@@ -52,7 +65,8 @@ def plan(
         return 8, {"num_warps": 2}
     size = width * channels
     if kernel == "backward":
-        warps = _warps(size, 768)
+        # Sizes from 8,192 on spill either way, with 16 warps much more.
+        warps = max(_warps(size, 768 if size < 8192 else 1024), 2 if writes else 1)
         registers = {"maxnreg": 2048 // warps} if warps > 8 else {}
         return max(8 // warps, 1), {"num_warps": warps, "AHEAD": 1, **registers}
     if channels == 1 and taps <= 1:  # with more taps a program must walk
@@ -120,3 +134,56 @@ def document_starts(segments: Tensor | None) -> Tensor | None:
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return starts.reshape(-1)
+
+
+def start(kernel: Any, programs: tuple[int, ...], arguments: tuple, options: dict) -> None:
+    """Launch a kernel; if it is being compiled already, when that is done."""
+    if _under_way:
+        for thread in _under_way.pop(kernel.__name__, ()):
+            thread.join()
+    kernel[programs](*arguments, **options)
+
+
+def compile_early(kernel: Any, arguments: tuple, options: dict) -> None:
+    """Compile for arguments like these in the background; tensors may be fake.
+
+    Called while torch.compile traces a model: a first step then waits for the slower of the two
+    compilers instead of for both. Does nothing but save time: a kernel that is not ready, or that
+    fails to compile here, is compiled by `start`.
+    """
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    if device.type != "cuda":
+        return
+    key = (kernel.__name__, device, _kinds(arguments), tuple(sorted(options.items())))
+    if key in _begun:
+        return
+    _begun.add(key)
+
+    # A number of tokens may be a symbol; kernels are for any number.
+    known = tuple(16 if isinstance(value, torch.SymInt) else value for value in arguments)
+
+    def work() -> None:
+        from deep_delta.ops.kernels.early import stand_in
+
+        try:
+            with torch.cuda.device(device):
+                kernel.warmup(*map(stand_in, known), grid=(1,), **options)
+        except Exception:  # `start` meets it again, where somebody sees it
+            return
+
+    thread = threading.Thread(target=work, daemon=True)
+    _under_way.setdefault(kernel.__name__, []).append(thread)
+    thread.start()
+
+
+def _kinds(arguments: tuple) -> tuple:
+    """What a kernel is compiled for: dtypes in place of tensors."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return _kinds(value)
+        if isinstance(value, torch.SymInt):
+            return "tokens"
+        return value.dtype if isinstance(value, Tensor) else value
+
+    return tuple(map(kind, arguments))

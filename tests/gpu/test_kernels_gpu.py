@@ -105,16 +105,16 @@ def test_embedding_convolution_is_the_reference(dtype):
 @pytest.mark.parametrize("case", [SCALAR, Case(channels=4), Case(channels=4, taps=4)], ids=str)
 def test_asking_for_memory_ahead_changes_no_number(case, monkeypatch):
     """Up to the end of the tokens, where nothing more is to be asked for."""
-    from deep_delta.ops import fused
+    from deep_delta.ops import fused_launch
 
     case, results = longer(case), []
     for ahead in (0, 1, 5):
 
-        def plan(kernel, *size, ahead=ahead):
-            programs, options = launch.plan(kernel, *size)
+        def plan(kernel, *size, ahead=ahead, **how):
+            programs, options = launch.plan(kernel, *size, **how)
             return programs, options | ({"AHEAD": ahead} if kernel != "norm" else {})
 
-        monkeypatch.setattr(fused, "plan", plan)
+        monkeypatch.setattr(fused_launch, "plan", plan)
         results.append(measure(case.read, case.tensors(), "triton", BF16))
     same(*results[:2])
     same(*results[1:])
@@ -271,6 +271,18 @@ def test_compiled_model_is_the_eager_one(whole, fresh_compiler):
     compiled = torch.compile(model, fullgraph=True) if whole else compile_layers(model)
     expected = step(eager, eager.named_parameters())
     agree(step(compiled, model.named_parameters()), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [5, 6])  # which no other test has compiled kernels for
+def test_kernels_compiled_while_tracing_are_those_that_run(channels, fresh_compiler):
+    variant = {5: "ddl-cc", 6: "ddl-tc"}[channels]
+    torch.manual_seed(0)
+    config = tiny_config(variant, backend="triton", rebuild=1, value_channels=channels)
+    model = compile_layers(DeepDeltaForCausalLM(config).train().to(DEVICE))
+    compiled, begun = compiled_kernels(), len(launch._begun)
+    step(model, model.named_parameters())
+    assert compiled_kernels() - compiled == len(launch._begun) - begun >= 6
 
 
 @pytest.mark.parametrize("autocast", [False, True])

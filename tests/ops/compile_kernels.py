@@ -66,8 +66,8 @@ def shape(width: int, channels: int, taps: int, gates: int, whole: bool) -> dict
     }  # fmt: skip
 
 
-def plan(kernel: str, *size: int) -> dict[str, int]:
-    return launch.plan(kernel, *size)[1]
+def plan(kernel: str, *size: int, **how: bool) -> dict[str, int]:
+    return launch.plan(kernel, *size, **how)[1]
 
 
 def read(width, channels, taps, gates, write, norm=True, store=True, reads=True, trail=0):
@@ -88,7 +88,7 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     forward_types |= {"context": STATE} if reads else {}
     past: dict[str, Any] = {"trail_h": (STATE,) * trail, "trail_row": (WIDE,) * trail}
     past_types, past_none = (past, {}) if trail else ({}, past)
-    options = plan("forward", width, channels, taps)
+    options = plan("forward", width, channels, taps, stores=store)
     yield "forward", forward.forward, forward_types | past_types, sizes | past_none, options
 
     sizes = shape(width, channels, taps, gates, whole=False)
@@ -112,7 +112,7 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     types |= {"row_in": WIDE, "stats": WIDE} | ({"d_context": dx_in} if reads else {})
     types |= {"dx_new": STATE, "dx_token": "i32", "dx_channel": "i32"} if store else {}
     sizes["UNIT"] = "direction_eps" in write
-    options = plan("backward", width, channels, taps)
+    options = plan("backward", width, channels, taps, writes="h" in write)
     yield "backward", backward.backward, types | past_types, sizes | past_none, options
 
 

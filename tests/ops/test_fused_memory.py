@@ -102,9 +102,9 @@ def test_tokens_need_not_divide_among_programs(tokens, processors, monkeypatch):
     "chunk", [1, 2, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (3, 100))]
 )
 def test_chunks_may_be_shorter_than_a_compressor_and_end_inside_a_document(chunk, monkeypatch):
-    from deep_delta.ops import fused
+    from deep_delta.ops import fused_launch
 
-    monkeypatch.setattr(fused, "share_of", lambda *_, **__: chunk)
+    monkeypatch.setattr(fused_launch, "share_of", lambda *_, **__: chunk)
     case = Case(tokens=5, taps=4, channels=1, documents=True)
     for call in (case.read, case.reduce):
         right(call, case.tensors())

@@ -6,8 +6,6 @@ of two-dimensional tiles: any d_v works without padding, sums over channels neve
 and all vectors have one layout, so that only the sums over d go through shared memory.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
@@ -16,7 +14,7 @@ RUNTIME = ["tokens", "length", "chunk"]
 # Loads of what is read once go past the first-level cache and leave it to the weights.
 STREAM = tl.constexpr(".cg")
 # The interpreter runs no assembly.
-COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
