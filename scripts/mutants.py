@@ -51,7 +51,7 @@ LAYERS, COMPRESS, SHARED = "residual/layers.py", "residual/compress.py", "residu
 BUILD, MODELING = "model/build.py", "model/modeling.py"
 FORWARD, BACKWARD = "ops/kernels/forward.py", "ops/kernels/backward.py"
 TILES, EMBEDDING = "ops/kernels/tiles.py", "ops/kernels/embedding.py"
-DISPATCH, FUSED_OPS, LAUNCH = "ops/dispatch.py", "ops/fused.py", "ops/launch.py"
+DISPATCH, FUSED_LAUNCH, LAUNCH = "ops/dispatch.py", "ops/fused_launch.py", "ops/launch.py"
 
 MUTANTS = [
     Mutant("no erase term", REFERENCE,
@@ -72,10 +72,10 @@ MUTANTS = [
     Mutant("documents not kept apart", REFERENCE,
            "== segments[:, :-steps]", "== segments[:, steps:]", TOKENS),
     Mutant("gate is σ without the 2", GENERATORS,
-           "return 2 * torch.sigmoid(logits + self.bias)",
-           "return torch.sigmoid(logits + self.bias)", CONTRACT),
+           "return 2 * torch.sigmoid(logits)",
+           "return torch.sigmoid(logits)", CONTRACT),
     Mutant("sigmoid value without its scale", GENERATORS,
-           "self.scale * torch.sigmoid(value)", "torch.sigmoid(value)", CONTRACT),
+           "self.scale * torch.sigmoid(logits)", "torch.sigmoid(logits)", CONTRACT),
     Mutant("direction detached from the sublayer", LAYERS,
            "read.state if reads_state else None, output)",
            "read.state if reads_state else None, output.detach())",
@@ -145,7 +145,7 @@ MUTANTS = [
            FUSED, "logits"),
     Mutant("gradient of a bias counts the last token only", BACKWARD,
            "if logits > 0:\n            biases = accumulate(biases, d_logits)",
-           "if logits > 0:\n            biases = d_logits", FUSED, "logits"),
+           "if logits > 0:\n            biases = d_logits", MEMORY, "divide_among_programs"),
     Mutant("rebuilt state misses its first write", TILES, "for i in tl.static_range(len(keys)):",
            "for i in tl.static_range(1, len(keys)):", MEMORY, "never_read"),
     Mutant("direction from a state that nobody stored", LAYERS,
@@ -157,8 +157,10 @@ MUTANTS = [
            "first - halo + 1,", MEMORY, "shorter_than_a_compressor"),
     Mutant("gradients of the taps in the wrong order", BACKWARD,
            "at = (K - 1 - q // DV) * DV + q % DV", "at = q", FUSED, "no_other_document"),
-    Mutant("last program is not started", FUSED_OPS, "forward.forward[(-(-tokens // chunk),)]",
-           "forward.forward[(max(tokens // chunk, 1),)]", MEMORY, "divide_among_programs"),
+    Mutant("kept numbers of a read without a write are not written", FORWARD,
+           "readouts = readouts if h is not None else zero_numbers(DV)\n", "", MEMORY, "written_whole"),
+    Mutant("last program is not started", FUSED_LAUNCH, "return (-(-tokens // chunk),), arguments",
+           "return (max(tokens // chunk, 1),), arguments", MEMORY, "divide_among_programs"),
     Mutant("program leaves out its last token", BACKWARD,
            "end = tl.minimum(first + chunk, tokens)\n    halo",
            "end = tl.minimum(first + tl.maximum(chunk - 1, 1), tokens)\n    halo", MEMORY,

@@ -72,8 +72,9 @@ def plan(
     if channels == 1 and taps <= 1:  # with more taps a program must walk
         return 0, {"num_warps": 2 * _warps(size, 768), "AHEAD": 0}
     warps = _warps(size, 1024 if stores else 2048)
-    registers = {"maxnreg": min(128, 2048 // warps)}
-    return max(16 // warps, 1), {"num_warps": warps, "AHEAD": 1, **registers}
+    registers = min(128 if taps <= 1 else 168, 2048 // warps)
+    options = {"num_warps": warps, "AHEAD": 1, "maxnreg": registers}
+    return max(2**16 // (32 * warps * registers), 1), options
 
 
 def share_of(tokens: int, device: torch.device, per_processor: int, least: int = 1) -> int:

@@ -340,6 +340,18 @@ def test_operator_keeps_the_rules_of_pytorch(name):
         assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("name", ["read_state", "read_state_backward"])
+def test_what_an_operator_returns_is_written_whole(name, poison):
+    from deep_delta.ops import fused  # noqa: F401 - registers the operators
+
+    cases = operator_arguments()[name]
+    poison()
+    with torch.no_grad():
+        for arguments in cases:
+            for output in getattr(torch.ops.deep_delta, name).default(*arguments):
+                assert output.isfinite().all()
+
+
 def test_what_was_not_kept_is_asked_for_in_one_line():
     (x,) = flat("state", case=Case(taps=None, channels=1, tokens=2))
     read = torch.ops.deep_delta.read_state
