@@ -10,6 +10,7 @@ set -u
 csv=${1:?"usage: $0 CSV [STAGE ...]"}
 shift
 [ $# -gt 0 ] || set -- models memory fp32 medium checkpointing liger ops sweep
+case $csv in /*) ;; *) csv=$PWD/$csv ;; esac
 cd "$(dirname "$0")/.." || exit
 ddl="${PYTHON:-python3} deep_delta_cli.py bench"
 all=ddl-scalar,ddl-cc,ddl-tc

@@ -55,7 +55,8 @@ def times(works: Sequence[Work], repeats: int, warm_up: int = WARM_UP) -> list[f
 def host_time(work: Work, repeats: int = 5) -> float | None:
     """Median seconds that the host needs to queue one call on an idle GPU; None on a CPU.
 
-    Where that is longer than the call takes on the GPU, the GPU waits for the host.
+    Where that is longer than the call takes on the GPU, the GPU waits for the host. A call of more
+    kernels than the GPU's queue holds (about a thousand) can last as long on the host as there.
     """
     if not torch.cuda.is_available():
         return None

@@ -196,7 +196,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                # Only where they were given: looking for documents in them waits for the GPU.
+                # Nobody need look for documents in our own, which would wait for the GPU.
                 "position_ids": given_positions,
             }
             masks = {
@@ -223,7 +223,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
                     window=window,
                     attention_mask=masks["full_attention"],
                     position_embeddings=position_embeddings,
-                    position_ids=position_ids,
+                    position_ids=given_positions,
                     past_key_values=past_key_values,
                     **kwargs,
                 )

@@ -7,19 +7,18 @@ function; what they round, and where, is in `README.md` beside this file.
 
 import importlib.util
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deep_delta.ops import reference
+from deep_delta.ops.launch import INTERPRETED
 
 BACKENDS = ("auto", "reference", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Asked once, here: torch.compile traces neither question.
+# Asked once, here: torch.compile does not trace the question.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if HAS_TRITON:
     from deep_delta.ops import flops, fused, fused_expand  # noqa: F401
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deep_delta.ops.fused_launch import Read, ReadBackward
 from deep_delta.ops.kernels import backward, forward
-from deep_delta.ops.launch import compile_early, document_starts, start
+from deep_delta.ops.launch import can_compile_early, compile_early, document_starts, start
 
 Grads = tuple[Tensor | None, ...]
 
@@ -61,9 +61,10 @@ def read_state(
 
 @read_state.register_fake
 def _(*arguments):
-    inputs = Read(*arguments)
+    inputs = Read(*arguments)._replace(length=1)  # kernels are for any
     out = inputs.outputs()
-    compile_early(forward.forward, *inputs.launch(out, 1)[1:])
+    if can_compile_early(inputs.x, inputs.trail_x):
+        compile_early(forward.forward, *inputs.launch(out, 1)[1:])
     return out
 
 
@@ -102,19 +103,21 @@ def read_state_backward(
     out, tokens, after = inputs.outputs(), x.shape[0], []
     if inputs.needs_norm_first():
         dx_in = inputs.empty_dx_in()
-        launch, partial = inputs.norm_launch(dx_in, tokens)
-        start(backward.norm_backward, *launch)
+        call, partial = inputs.norm_launch(dx_in, tokens)
+        start(backward.norm_backward, *call)
         inputs, after = inputs.after_norm(dx_in), [partial.sum(0)]
-    launch, partial = inputs.launch(out, tokens)
-    start(backward.backward, *launch)
+    call, partial = inputs.launch(out, tokens)
+    start(backward.backward, *call)
     sums = torch.cat([partial.sum(0), *after]) if after else partial.sum(0)
     return (*out[:-1], sums)  # type: ignore[return-value]
 
 
 @read_state_backward.register_fake
 def _(*arguments):
-    inputs = ReadBackward(*arguments)
+    inputs = ReadBackward(*arguments)._replace(length=1)
     out = inputs.outputs()
+    if not can_compile_early(inputs.x, inputs.dx_new):
+        return out
     if inputs.needs_norm_first():
         dx_in = inputs.empty_dx_in()
         compile_early(backward.norm_backward, *inputs.norm_launch(dx_in, 1)[0][1:])

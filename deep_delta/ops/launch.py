@@ -1,11 +1,14 @@
 """How the kernels are launched: sizes of pieces and programs, and the compiler's options."""
 
 import functools
+import os
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Compilations under way, by the kernel's name, and everything that ever was under way.
 _under_way: dict[str, list[threading.Thread]] = {}
@@ -25,7 +28,7 @@ def block_size(width: int, whole: bool = False) -> int:
     for block in (1024, 512, 256):
         if width % block == 0 and not whole:
             return block
-    return min(1 << (width - 1).bit_length(), 1024)
+    return max(min(1 << (width - 1).bit_length(), 1024), 2)  # numbers are rounded in pairs
 
 
 @functools.cache
@@ -37,7 +40,7 @@ def processors(device: torch.device) -> int:
 
 
 def _warps(size: int, each: int) -> int:
-    """A power of two up to 32, of which each has at most so many of the numbers if it can."""
+    """The least power of two that leaves each warp at most `each` numbers, but at most 32."""
     return min(1 << max(-(-size // each) - 1, 0).bit_length(), 32)
 
 
@@ -70,11 +73,11 @@ def plan(
         registers = {"maxnreg": 2048 // warps} if warps > 8 else {}
         return max(8 // warps, 1), {"num_warps": warps, "AHEAD": 1, **registers}
     if channels == 1 and taps <= 1:  # with more taps a program must walk
-        return 0, {"num_warps": 2 * _warps(size, 768), "AHEAD": 0}
+        return 0, {"num_warps": min(2 * _warps(size, 768), 32), "AHEAD": 0}
     warps = _warps(size, 1024 if stores else 2048)
-    registers = min(128 if taps <= 1 else 168, 2048 // warps)
-    options = {"num_warps": warps, "AHEAD": 1, "maxnreg": registers}
-    return max(2**16 // (32 * warps * registers), 1), options
+    limit = min(128 if taps <= 1 else 168, 2048 // warps)
+    options = {"num_warps": warps, "AHEAD": 1, "maxnreg": limit}
+    return max(2**16 // (32 * warps * limit), 1), options
 
 
 def share_of(tokens: int, device: torch.device, per_processor: int, least: int = 1) -> int:
@@ -105,7 +108,7 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
     """
     tokens, width, channels = x.shape
     return (
-        x.stride(0) if tokens > 1 else width * channels,
+        x.stride(0) if isinstance(tokens, torch.SymInt) or tokens > 1 else width * channels,
         x.stride(2) if channels > 1 else width,
         x.stride(1),
     )
@@ -138,53 +141,64 @@ def document_starts(segments: Tensor | None) -> Tensor | None:
 
 
 def start(kernel: Any, programs: tuple[int, ...], arguments: tuple, options: dict) -> None:
-    """Launch a kernel; if it is being compiled already, when that is done."""
+    """Launch a kernel, after the early compilations of it that are under way."""
     if _under_way:
-        for thread in _under_way.pop(kernel.__name__, ()):
+        for thread in _under_way.get(kernel.__name__, ()):
             thread.join()
+        _under_way.pop(kernel.__name__, None)
     kernel[programs](*arguments, **options)
 
 
 def compile_early(kernel: Any, arguments: tuple, options: dict) -> None:
-    """Compile for arguments like these in the background; tensors may be fake.
+    """Compile in the background for arguments like these, which may be fake tensors.
 
-    Called while torch.compile traces a model: a first step then waits for the slower of the two
-    compilers instead of for both. Does nothing but save time: a kernel that is not ready, or that
-    fails to compile here, is compiled by `start`.
+    Called while torch.compile traces a model, so that the kernels compile beside its own. A
+    kernel that is not ready, or that fails to compile here, is compiled when it is launched.
     """
+    from deep_delta.ops.kernels.early import stand_in
+
     device = next(value.device for value in arguments if isinstance(value, Tensor))
-    if device.type != "cuda":
-        return
     key = (kernel.__name__, device, _kinds(arguments), tuple(sorted(options.items())))
     if key in _begun:
         return
     _begun.add(key)
-
-    # A number of tokens may be a symbol; kernels are for any number.
-    known = tuple(16 if isinstance(value, torch.SymInt) else value for value in arguments)
+    with torch.cuda.device(device):
+        kernel.device_caches[torch.cuda.current_device()]  # made here: two threads would make two
+    arguments = stand_in(arguments)  # no fake tensor leaves the thread that traces
 
     def work() -> None:
-        from deep_delta.ops.kernels.early import stand_in
-
         try:
             with torch.cuda.device(device):
-                kernel.warmup(*map(stand_in, known), grid=(1,), **options)
-        except Exception:  # `start` meets it again, where somebody sees it
+                kernel.warmup(*arguments, grid=(1,), **options)
+        except Exception:  # the launch meets it again, where somebody sees it
             return
 
-    thread = threading.Thread(target=work, daemon=True)
-    _under_way.setdefault(kernel.__name__, []).append(thread)
+    # Not a daemon: a process that ends within the compiler would be aborted.
+    thread = threading.Thread(target=work)
     thread.start()
+    _under_way.setdefault(kernel.__name__, []).append(thread)
 
 
 def _kinds(arguments: tuple) -> tuple:
-    """What a kernel is compiled for: dtypes in place of tensors."""
+    """What a kernel is compiled for: dtypes in place of tensors, and no number but strides."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, tuple):
             return _kinds(value)
-        if isinstance(value, torch.SymInt):
-            return "tokens"
-        return value.dtype if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return value.dtype
+        return float if isinstance(value, float) else value
 
     return tuple(map(kind, arguments))
+
+
+def can_compile_early(*tensors: Tensor | None) -> bool:
+    """Whether kernels for these would run on a GPU of this machine, and for one size of d and d_v.
+
+    A size that is a symbol must not be looked at: that would bind the traced graph to its value.
+    """
+    if INTERPRETED or not torch.cuda.is_available():
+        return False
+    present = [tensor for tensor in tensors if tensor is not None]
+    sizes = [number for t in present for number in (*t.shape[1:], *t.stride())]
+    return present[0].device.type == "cuda" and all(isinstance(size, int) for size in sizes)

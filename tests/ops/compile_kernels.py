@@ -125,6 +125,8 @@ KINDS: dict[str, Callable[[], Iterator[tuple]]] = {
     "last": lambda: read(768, 4, 1, 0, DELTA, norm=False, store=False),
     "rewrite": lambda: read(768, 4, 0, 0, DELTA, norm=False, reads=False),
     "trail": lambda: read(768, 4, 1, 1, DELTA, trail=2),
+    "wide": lambda: read(5120, 1, 0, 0, ("h",)),
+    "single": lambda: read(1, 1, 0, 0, ("h",)),
     "embedding": lambda: expansion(),
 }
 CHOSEN = {80: ("plain", "tokens", "embedding"), 90: tuple(KINDS), 100: ("channels", "tokens")}

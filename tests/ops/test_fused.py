@@ -48,7 +48,7 @@ def test_read_is_the_reference_for_every_write_and_compressor(case):
 @cases(
     *(Case(width=width, channels=2, batch=1, tokens=2) for width in (2, 769, 768, 1100)),
     Case(width=1100, channels=2, batch=1, tokens=2, taps=2),
-    Case("plain", width=1100, channels=1, taps=None, batch=1, tokens=2),
+    *(Case("plain", width=w, channels=1, taps=None, batch=1, tokens=2) for w in (1, 1100, 5120)),
     rarer=(
         *(Case(width=width, channels=2, batch=1, taps=2) for width in (100, 768)),
         Case("plain", width=769, channels=1, taps=None, batch=1),

@@ -245,15 +245,15 @@ def backward(
         if AHEAD > 0:
             later = tl.minimum(token + AHEAD, tokens - 1)
             touch_token(
-                x, x_token, x_channel, trail_h, trail_row, h, target, erase, later, D, DV, PIECES,
-                BLOCK,
+                x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase, later, D,
+                DV,
             )  # fmt: skip
             if dx_new is not None:
                 for j in tl.static_range(DV):
-                    touch_vector(dx_new + later * dx_token + j * dx_channel, D, BLOCK, PIECES)
+                    touch_vector(dx_new + later * dx_token + j * dx_channel, dx_feature, D)
             if d_context is not None:
                 read_later = tl.minimum(later + halo, tokens - 1)
-                touch_vector(d_context + read_later * D, D, BLOCK, PIECES)
+                touch_vector(d_context + read_later * D, 1, D)
             if stats is not None:
                 touch(stats + later * (2 * DV + 2))
             if h is not None:

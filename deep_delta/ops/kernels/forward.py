@@ -85,6 +85,7 @@ def touch_token(
     x,
     x_token,
     x_channel,
+    x_feature,
     trail_h,
     trail_row,
     h,
@@ -93,17 +94,15 @@ def touch_token(
     token,
     D: tl.constexpr,
     DV: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """What `fetch_state` and `fetch_write` will read at a later token."""
     for j in tl.static_range(DV):
-        touch_vector(x + token * x_token + j * x_channel, D, BLOCK, PIECES)
+        touch_vector(x + token * x_token + j * x_channel, x_feature, D)
     for i in tl.static_range(len(trail_h)):
-        touch_vector(trail_h[i] + token * D, D, BLOCK, PIECES)
+        touch_vector(trail_h[i] + token * D, 1, D)
         touch(trail_row[i] + token * DV)
     if h is not None:
-        touch_vector(h + token * D, D, BLOCK, PIECES)
+        touch_vector(h + token * D, 1, D)
     if target is not None:
         touch(target + token * DV)
     if erase is not None:
@@ -212,8 +211,8 @@ def forward(
         past_rows, entries, strength = fetch_write(trail_row, target, erase, token, DV)
         if AHEAD > 0:
             touch_token(
-                x, x_token, x_channel, trail_h, trail_row, h, target, erase,
-                tl.minimum(token + AHEAD, tokens - 1), D, DV, PIECES, BLOCK,
+                x, x_token, x_channel, x_feature, trail_h, trail_row, h, target, erase,
+                tl.minimum(token + AHEAD, tokens - 1), D, DV,
             )  # fmt: skip
         own = token >= first
 

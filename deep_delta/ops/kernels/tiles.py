@@ -73,7 +73,7 @@ def load_state(
 
 @triton.jit
 def touch(pointers):
-    """Bring lines of memory into the second-level cache, without waiting and without registers."""
+    """Ask for lines of memory to come into the second-level cache; nothing waits for them."""
     if COMPILED:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
@@ -86,11 +86,11 @@ def touch(pointers):
 
 
 @triton.jit
-def touch_vector(vector, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
-    """A vector of d features, by one pointer in at least 128 bytes."""
-    lanes: tl.constexpr = 128 if BLOCK * PIECES <= 4096 else BLOCK * PIECES // 32
+def touch_vector(vector, stride, D: tl.constexpr):
+    """A vector of d features: a pointer or more into every 128 bytes, up to d = 32,768."""
+    lanes: tl.constexpr = 128 if D <= 4096 else (256 if D <= 8192 else 1024)
     step: tl.constexpr = (D + lanes - 1) // lanes
-    touch(vector + tl.minimum(tl.arange(0, lanes) * step, D - 1))
+    touch(vector + tl.minimum(tl.arange(0, lanes) * step, D - 1) * stride)
 
 
 @triton.jit
