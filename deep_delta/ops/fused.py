@@ -135,12 +135,9 @@ def is_plain(x, h, target, erase, direction_eps) -> bool:
 def _keep(ctx, inputs, output) -> None:
     read = Read(*inputs)
     x_new, row, stats, x_in = output[:4]
-    ctx.value_on_state, ctx.length, ctx.reads = (
-        read.value_on_state,
-        read.length,
-        read.context_dtype,
-    )
-    ctx.unit, ctx.trail = read.direction_eps is not None, len(read.trail_h)
+    ctx.value_on_state, ctx.length = read.value_on_state, read.length
+    ctx.reads, ctx.unit = read.context_dtype, read.direction_eps is not None
+    ctx.trail = len(read.trail_h)
     ctx.has_x = read.new_state != "none"
     ctx.biases = tuple(None if b is None else b.dtype for b in (read.gate_bias, read.value_bias))
     ctx.plain = None

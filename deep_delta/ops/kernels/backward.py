@@ -19,6 +19,7 @@ from deep_delta.ops.kernels.tiles import (
     load_vector,
     load_weight,
     rebuild,
+    store_numbers,
     store_vector,
     sum_many,
     touch,
@@ -147,8 +148,7 @@ def norm_backward(
     for p in tl.static_range(PIECES):
         for q in tl.static_range(rows):
             store_vector(own, q, weights[p][q], True, p, D, BLOCK)
-    for q in tl.static_range(GATES + VALUES):
-        tl.store(own + rows * D + q, biases[q])
+    store_numbers(own + rows * D, biases, True)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -411,5 +411,4 @@ def backward(
             store_vector(own, at, d_taps[p][q], True, p, D, BLOCK)
         for q in tl.static_range(norm_rows):
             store_vector(own, K * DV + q, d_weights[p][q], True, p, D, BLOCK)
-    for q in tl.static_range(logits):
-        tl.store(own + rows * D + q, biases[q])
+    store_numbers(own + rows * D, biases, True)

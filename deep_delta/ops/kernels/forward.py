@@ -248,8 +248,8 @@ def forward(
                     readout = scale * sums[j]
                     entry -= strength[0] * readout
                 row = row + (entry * scale,)
-                tl.store(row_out + token * DV + j, entry * scale, own)
                 readouts = readouts + (readout,)
+            store_numbers(row_out + token * DV, row, own)
 
         if stats is not None:
             readouts = readouts if h is not None else zero_numbers(DV)

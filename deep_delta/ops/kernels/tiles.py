@@ -46,6 +46,7 @@ def store_vector(rows, index, vector, keep, p: tl.constexpr, D: tl.constexpr, BL
 
 @triton.jit
 def store_numbers(base, numbers, keep):
+    """Neighbouring scalars, if `keep`."""
     for i in tl.static_range(len(numbers)):
         tl.store(base + i, numbers[i], keep)
 
