@@ -212,6 +212,7 @@ BENCH_MODEL: dict[str, tuple[Any, ...]] = {
         "states rebuilt between two stored ones: speed, memory, numbers; comma-separated (triton)",
     ),
     "gradient-checkpointing": (bool, False, "recompute every layer in the backward pass"),
+    "cuda-graphs": (bool, False, "replay steps as CUDA graphs, so that no GPU waits for the host"),
     "loss": (str, "torch", "torch or liger"),
     "modes": (_names, "train,prefill", "comma-separated"),
     "steps": (_count, "20", "timed steps, of which the median counts"),

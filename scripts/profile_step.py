@@ -111,7 +111,15 @@ def main() -> None:
     options = parser.parse_args()
     where = torch.device("cuda")
     setup = Setup(
-        where, options.size, options.batch, options.seq_len, "bfloat16", False, "torch", ("train",)
+        where,
+        options.size,
+        options.batch,
+        options.seq_len,
+        "bfloat16",
+        False,
+        False,
+        "torch",
+        ("train",),
     )
     rebuild = int(options.rebuild) if options.rebuild.isdecimal() else options.rebuild
     with graphs_apart():

@@ -41,6 +41,7 @@ def bench_model(
     providers: Sequence[str] | None,
     rebuild: Sequence[int | str],
     gradient_checkpointing: bool,
+    cuda_graphs: bool,
     loss: str,
     modes: Sequence[str],
     steps: int,
@@ -63,12 +64,14 @@ def bench_model(
     default = ["triton" if where.type == "cuda" else "reference"]
     provider_names = available_providers(providers or default)
     others = [name for name in chosen("--variants", variants, list(VARIANTS)) if name != BASELINE]
+    if cuda_graphs and where.type != "cuda":
+        raise UserError("--cuda-graphs needs a GPU")
     try:
         resolve_loss(loss, where)
     except ValueError as error:
         raise UserError(f"--loss: {error}") from None
     setup = Setup(
-        where, size, batch, seq_len, state_dtype, gradient_checkpointing, loss,
+        where, size, batch, seq_len, state_dtype, gradient_checkpointing, cuda_graphs, loss,
         tuple(chosen("--modes", modes, MODES)),
     )  # fmt: skip
     subjects = [Subject(BASELINE, provider, "speed", setup) for provider in provider_names]
@@ -124,6 +127,7 @@ class Benchmark:
             # Training comes first, so that this is the peak of training steps if there are any.
             for mode in self.setup.modes:
                 with PeakMemory() as peak:
+                    subject.capture(mode)
                     self.seconds[subject][mode] = self._alone(subject, mode)
                 self.peak.setdefault(subject, peak.bytes - held)
                 work = functools.partial(subject.work, mode)

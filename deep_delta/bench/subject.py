@@ -13,6 +13,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 from deep_delta.bench.check import Outcome, gradients_by_kind, model_difference
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.model.capture import captured
 from deep_delta.model.compile import compile_layers
 from deep_delta.model.loss import resolve_loss
 from deep_delta.model.presets import SIZES
@@ -31,15 +32,22 @@ class Setup:
     seq_len: int
     state_dtype: str
     gradient_checkpointing: bool
+    cuda_graphs: bool
     loss: str
     modes: tuple[str, ...]
 
     def __str__(self) -> str:
         checkpointing = " gradient-checkpointing" if self.gradient_checkpointing else ""
+        graphs = " cuda-graphs" if self.cuda_graphs else ""
         return (
             f"size={self.size} batch={self.batch} seq_len={self.seq_len} "
-            f"state={self.state_dtype} loss={self.loss}{checkpointing}"
+            f"state={self.state_dtype} loss={self.loss}{checkpointing}{graphs}"
         )
+
+    @functools.cached_property
+    def pool(self) -> Any:
+        """Memory of all CUDA graphs: one model's step is over before another one's begins."""
+        return torch.cuda.graph_pool_handle()
 
     @property
     def tokens(self) -> int:
@@ -64,6 +72,8 @@ class Subject:
         self.variant, self.provider, self.rebuild, self.setup = variant, provider, rebuild, setup
         self.first_step: float | None = None
         self.turn = 0
+        self.passes: dict[str, Callable[[Tensor], Tensor]]
+        self.passes = {"train": self._forward_backward, "prefill": self._prefill}
 
     def __str__(self) -> str:
         rebuilt = f", rebuild {self.rebuild}" if self.rebuild != "speed" else ""
@@ -118,7 +128,9 @@ class Subject:
         self.model = self._build(self.config())
         self.model.linear_cross_entropy = resolve_loss(setup.loss, setup.device)
         if setup.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Without dropout there is no state of a random generator to bring back.
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            self.model.gradient_checkpointing_enable(options)
         if self.provider != "reference":
             compile_layers(self.model)
         self.optimizer = torch.optim.AdamW(
@@ -133,13 +145,11 @@ class Subject:
         forward_backward = optimizer_step = 0.0
         if "train" in self.setup.modes:
             start = self._now()
-            loss = self._loss(ids)
-            loss.backward()
+            loss = self._forward_backward(ids)
             forward_backward = self._now() - start
-            outcome = Outcome(float(loss.detach()), gradients_by_kind(self.model))
-            del loss
+            outcome = Outcome(float(loss), gradients_by_kind(self.model))
         if "prefill" in self.setup.modes:
-            outcome.logits = [self.prefill(ids)[: len(pair)]]
+            outcome.logits = [self._prefill(ids)[: len(pair)]]
         wrong = model_difference(outcome, rounded, exact)
         if wrong is not None:
             raise Wrong(f"differs from the reference: {wrong}")
@@ -147,6 +157,7 @@ class Subject:
             start = self._now()
             self._update()
             optimizer_step = self._now() - start
+            self.model.zero_grad(set_to_none=True)
             self.first_step = forward_backward + optimizer_step
 
     def _reference(self, ids: Tensor) -> tuple[Outcome, Outcome]:
@@ -172,27 +183,60 @@ class Subject:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _loss(self, ids: Tensor) -> Tensor:
+    def capture(self, mode: str) -> None:
+        """Make the passes of "train" or "prefill" a CUDA graph where the setup asks for that.
+
+        Raises:
+            Wrong: replayed, it gives something else.
+        """
+        if not self.setup.cuda_graphs:
+            return
+        ids, launched = self.batches[0], self.passes[mode]
+        expected = self._outcome(mode, launched(ids))
+        if mode == "train":  # only the gradients that the graph itself makes lie where it writes
+            self.model.zero_grad(set_to_none=True)
+        self.passes[mode] = captured(launched, ids, pool=self.setup.pool)
+        replayed = self._outcome(mode, self.passes[mode](ids))
+        wrong = model_difference(replayed, expected, expected)
+        if wrong is not None:
+            raise Wrong(f"differs as a CUDA graph: {wrong}")
+
+    def _outcome(self, mode: str, result: Tensor) -> Outcome:
+        """On the host, so that it takes no memory of what is measured."""
+        if mode == "prefill":
+            return Outcome(0.0, {}, [result.cpu()])
+        kinds = gradients_by_kind(self.model)
+        return Outcome(float(result), {kind: [x.cpu() for x in kinds[kind]] for kind in kinds})
+
+    def _forward_backward(self, ids: Tensor) -> Tensor:
+        """The mean loss; its gradients are added to what there is."""
         self.model.train()
         with self.setup.autocast():
-            return self.model(ids, labels=ids, skip_logits=True, use_cache=False).loss
+            loss = self.model(ids, labels=ids, skip_logits=True, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
 
     def _update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def train(self, ids: Tensor) -> None:
-        """One training step: forward, backward, clipping, AdamW."""
-        self._loss(ids).backward()
-        self._update()
+        if not self.setup.cuda_graphs:  # a graph replaces the gradients where they lie
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor) -> Tensor:
+    def _prefill(self, ids: Tensor) -> Tensor:
         """The logits of the last token of every sequence, (B, V), as a prompt needs them."""
         self.model.eval()
         with self.setup.autocast():
             return self.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+    def train(self, ids: Tensor) -> None:
+        """One training step: forward, backward, clipping, AdamW."""
+        self.passes["train"](ids)
+        self._update()
+
+    def prefill(self, ids: Tensor) -> None:
+        """One forward pass over prompts."""
+        self.passes["prefill"](ids)
 
     def work(self, mode: str) -> Callable[[], object]:
         """One step of "train" or "prefill" on the next batch, to be called."""
@@ -202,6 +246,7 @@ class Subject:
     def release(self) -> None:
         """Let go of the model and everything else that takes memory, if it was ever built."""
         self.model = self.optimizer = self.batches = None  # type: ignore[assignment]
+        self.passes.clear()
 
 
 def graphs_apart() -> contextlib.AbstractContextManager:

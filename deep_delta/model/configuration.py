@@ -56,9 +56,9 @@ class DeepDeltaConfig(PreTrainedConfig):
         state_dtype: dtype of X, e.g. "bfloat16"; None for the embeddings' dtype.
         backend: "auto", "reference" or "triton": which implementation of the delta rule runs.
         rebuild: how many states between two stored ones are rebuilt where they are needed
-            ("triton"; the result is the same, bit for bit): "speed" trains fastest, "memory" needs
-            hardly more than an additive model, or a number (each more is one more kernel to
-            compile); see `states_rebuilt`.
+            ("triton"; a rebuilt state is the one the forward pass had, bit for bit): "speed" trains
+            fastest, "memory" needs hardly more than an additive model, or a number (each more is
+            one more kernel to compile); see `states_rebuilt`.
 
     Raises:
         ValueError: an unknown field, or a combination that has no meaning; one line each.

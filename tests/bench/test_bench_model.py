@@ -107,7 +107,9 @@ def test_what_cannot_be_had_or_breaks_is_a_row(rows, monkeypatch, capsys):
 
 
 def test_models_that_do_not_fit_together_are_let_go(monkeypatch):
-    setup = subject.Setup(torch.device("cuda"), "tiny", 2, 32, "bfloat16", False, "torch", ())
+    setup = subject.Setup(
+        torch.device("cuda"), "tiny", 2, 32, "bfloat16", False, False, "torch", ()
+    )
     for name in ("empty_cache", "memory_allocated", "get_device_properties"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: type("Gpu", (), {"total_memory": 100}))
     held = iter([30, 60, 60])
@@ -140,3 +142,42 @@ def test_the_rule_for_models():
     nothing = [torch.zeros(2)]
     assert distance(nothing, nothing) == 0
     assert distance([torch.ones(2)], nothing) == float("inf")
+
+
+def test_cuda_graphs_need_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert deep_delta_cli.main([*TINY.split(), "--cuda-graphs"]) == 1
+    assert capsys.readouterr().err == "ddl: --cuda-graphs needs a GPU\n"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_what_a_graph_gives_is_what_its_capture_gave(monkeypatch, factor):
+    """With something that stands for a graph: it overwrites gradients, as one does."""
+
+    def captured(call, example, pool):
+        assert pool == "pool"
+
+        def replay(ids):
+            if call.__name__ == "_forward_backward":
+                running.model.zero_grad()
+            return call(ids) * factor
+
+        return replay
+
+    monkeypatch.setattr(subject, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    where = torch.device("cpu")
+    setup = subject.Setup(
+        where, "tiny", 2, 32, "bfloat16", False, True, "torch", ("train", "prefill")
+    )
+    running = subject.Subject("ddl-cc", "reference", "speed", setup)
+    running.begin()
+    for mode, what in (("train", "loss "), ("prefill", "logits, error ")):
+        if factor == 1:
+            running.capture(mode)
+            running.work(mode)()
+        else:
+            with pytest.raises(subject.Wrong, match=f"differs as a CUDA graph: {what}"):
+                running.capture(mode)
+    assert running.model.lm_head.weight.grad is not None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.model.compile import compile_layers
-from deep_delta.ops import expand_embeddings, launch
+from deep_delta.ops import apply_write, expand_embeddings, launch
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -127,13 +127,33 @@ def test_two_runs_agree_bit_for_bit(dtype, case):
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_gradients_from_rebuilt_states_are_those_from_kept_ones_bit_for_bit(wide):
+def test_gradients_from_rebuilt_states_are_those_from_kept_ones_bit_for_bit(wide, monkeypatch):
+    """With as many warps whether X' is stored or not, so that readouts are summed in one order."""
+    from deep_delta.ops import fused_launch
+
+    def plan(*size, stores=True, **how):
+        return launch.plan(*size, **how)
+
+    monkeypatch.setattr(fused_launch, "plan", plan)
     size = {"width": 768, "channels": 4 if wide else 1, "batch": 2, "tokens": 300}
     kept, trails = [], []
     expected = chain(0, BF16, 1 if wide else None, wide, kept, **size)
     same(chain(3, BF16, 1 if wide else None, wide, trails, **size), expected)
     assert kept == [None] * READS
     assert [0 if trail is None else len(trail.directions) for trail in trails] == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_rebuilt_state_is_the_stored_one_plus_its_writes_bit_for_bit(channels):
+    size = {"width": 768, "channels": channels, "batch": 2, "tokens": 300}
+    trails, states = [], []
+    chain(3, BF16, 1 if channels > 1 else None, channels > 1, trails, states, **size)
+    x = trails[3].state
+    for h, r in zip(trails[3].directions, trails[3].rows, strict=True):
+        r = r.double().unflatten(0, h.shape[:2])
+        # One rounding to fp32, as a fused multiply-add has, and one to the state's dtype.
+        x = (x.double() + h.double()[..., None] * r[..., None, :]).float().to(BF16)
+    assert torch.equal(apply_write(states[3], trail=trails[3], backend="triton"), x)
 
 
 def batches(case: Case, count: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
