@@ -5,8 +5,9 @@
 #
 # Stages, with the minutes they take on an H100: models (4), graphs (5), memory (4), fp32 (2),
 # medium (4), checkpointing (2), liger (2), ops (4), sweep (5). Without names: all of them. All but
-# "models" replay CUDA graphs, so that their figures are the GPU's and not the processor's. A stage
-# that fails does not keep the others from running; the exit status is then 1.
+# "models" and "liger" (which reads a number back) replay CUDA graphs, so that their figures are the
+# GPU's and not the processor's. A stage that fails does not keep the others from running; the exit
+# status is then 1.
 set -u
 csv=${1:?"usage: $0 CSV [STAGE ...]"}
 shift
@@ -26,7 +27,7 @@ for stage in "$@"; do
     fp32) $ddl model --variants ddl-scalar,ddl-cc --state-dtype float32 $graphs --csv "$csv" ;;
     medium) $ddl model --variants $all --size medium --batch 16 $graphs --csv "$csv" ;;
     checkpointing) $ddl model --variants $all --gradient-checkpointing --modes train $graphs --csv "$csv" ;;
-    liger) $ddl model --variants ddl-cc --loss liger --modes train $graphs --csv "$csv" ;;
+    liger) $ddl model --variants ddl-cc --loss liger --modes train --csv "$csv" ;;
     ops) $ddl op --csv "$csv" ;;
     sweep) $ddl op --sweep --providers triton --ops read,additive --csv "$csv" ;;
     *) echo "there is no stage '$stage'" >&2; failed=1 ;;

@@ -190,7 +190,12 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
             position_ids = (position_ids + seen).unsqueeze(0)
 
         masks = attention_mask
-        if not isinstance(masks, dict):  # `generate` prepares them for a static cache
+        plain = masks is None and given_positions is None and past_key_values is None
+        if plain and self.config._attn_implementation == "sdpa":
+            # Which is causal by itself; asked for a mask while a graph is traced or captured,
+            # transformers makes one nevertheless, and attention gets slower by it.
+            masks = {"full_attention": None}
+        elif not isinstance(masks, dict):  # `generate` prepares them for a static cache
             given: dict[str, Any] = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,

@@ -1,6 +1,7 @@
 """A step queues its work and never waits for the GPU: a wait leaves the GPU idle afterwards."""
 
 import pytest
+import torch
 from helpers import tiny_config, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,3 +32,18 @@ def test_a_training_step_reads_nothing_back(variant):
         assert waits.found == []
         int(ids.sum())
     assert waits.found == [WAITS[0]]  # it would have been seen
+
+
+def test_attention_gets_no_mask_while_a_cuda_graph_is_captured(monkeypatch):
+    """It would be another graph for the compiler, and another kernel for attention."""
+    model = DeepDeltaForCausalLM(tiny_config("ddl-cc"))
+    ids, found = token_ids(2, 8), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: found.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    expected = model(ids, use_cache=False).logits
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+    model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    assert found[:2] == [None, None]
+    assert found[2] is not None
