@@ -149,9 +149,13 @@ class DeepDeltaConfig(PreTrainedConfig):
         """`rebuild` as a number.
 
         From three channels on every second state is cheaper to rebuild twice, forward and
-        backward, than to write and read; below it is not.
+        backward, than to write and read; below it is not. A token compressor also keeps x_in, so
+        that "memory" has more to save there.
         """
-        named = {"speed": 1 if self.value_channels > 2 else 0, "memory": 5}
+        named = {
+            "speed": 1 if self.value_channels > 2 else 0,
+            "memory": 7 if self.compressor == "token" else 5,
+        }
         return named[self.rebuild] if isinstance(self.rebuild, str) else self.rebuild
 
     @classmethod
