@@ -50,7 +50,9 @@ class EmbeddingConv(ResidualModule):
             embeddings = window.visible(embeddings, self.weight.shape[-1], self.slot)
             segments = window.segments
         x = expand_embeddings(embeddings, self.weight, segments, dtype=dtype, backend=self.backend)
-        return State(x[:, -tokens:].mT)
+        if x.shape[1] > tokens:  # the gradient of a slice, of all of it too, would be a copy
+            x = x[:, -tokens:]
+        return State(x.mT)
 
 
 class StateReadout(nn.Module):
