@@ -3,7 +3,7 @@
 #
 #     scripts/record_benchmarks.sh CSV [STAGE ...]
 #
-# Stages, with the minutes they take on an H100: models (4), graphs (5), memory (4), fp32 (2),
+# Stages, with the minutes they take on an H100: models (4), graphs (4), memory (6), fp32 (2),
 # medium (4), checkpointing (2), liger (2), ops (4), sweep (5). Without names: all of them. All but
 # "models" and "liger" (which reads a number back) replay CUDA graphs, so that their figures are the
 # GPU's and not the processor's. A stage that fails does not keep the others from running; the exit
