@@ -12,6 +12,7 @@ from deep_delta.ops.launch import (
     partial_sums,
     share_of,
     start,
+    warps_for,
 )
 
 
@@ -41,7 +42,9 @@ def _(x, taps, starts, length, dtype):
 def _expand_plan(tokens: int, taps: Tensor, device: torch.device) -> tuple[int, dict]:
     taps_count, channels, width = taps.shape
     block = min(block_size(width), 256)
-    shape = {"D": width, "DV": channels, "K": taps_count, "BLOCK": block, "num_warps": 2}
+    # The kernel and the sums for its gradient stay in registers, K·d_v numbers of a feature each.
+    warps = min(max(warps_for(taps_count * channels, 8), 2), 8)
+    shape = {"D": width, "DV": channels, "K": taps_count, "BLOCK": block, "num_warps": warps}
     return share_of(tokens, device, 4, least=4 * taps_count), shape
 
 

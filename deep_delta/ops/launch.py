@@ -39,7 +39,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _warps(size: int, each: int) -> int:
+def warps_for(size: int, each: int) -> int:
     """The least power of two that leaves each warp at most `each` numbers, but at most 32."""
     return min(1 << max(-(-size // each) - 1, 0).bit_length(), 32)
 
@@ -69,12 +69,12 @@ def plan(
     size = width * channels
     if kernel == "backward":
         # Sizes from 8,192 on spill either way, with 16 warps much more.
-        warps = max(_warps(size, 768 if size < 8192 else 1024), 2 if writes else 1)
+        warps = max(warps_for(size, 768 if size < 8192 else 1024), 2 if writes else 1)
         registers = {"maxnreg": 2048 // warps} if warps > 8 else {}
         return max(8 // warps, 1), {"num_warps": warps, "AHEAD": 1, **registers}
     if channels == 1 and taps <= 1:  # with more taps a program must walk
-        return 0, {"num_warps": min(2 * _warps(size, 768), 32), "AHEAD": 0}
-    warps = _warps(size, 1024 if stores else 2048)
+        return 0, {"num_warps": min(2 * warps_for(size, 768), 32), "AHEAD": 0}
+    warps = warps_for(size, 1024 if stores else 2048)
     limit = min(128 if taps <= 1 else 168, 2048 // warps)
     options = {"num_warps": warps, "AHEAD": 1, "maxnreg": limit}
     return max(2**16 // (32 * warps * limit), 1), options
