@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -50,6 +51,26 @@ def times(works: Sequence[Work], repeats: int, warm_up: int = WARM_UP) -> list[f
         marks.append((start, end))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in marks]
+
+
+def replayed(works: Sequence[Work], count: int) -> tuple[Work, Any]:
+    """`count` calls, in turn of every one of `works`, as a work of one call: a CUDA graph.
+
+    Also what the last of these calls returns, which every replay overwrites.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass
+        calls = [work() for work in works]
+    graph, result = torch.cuda.CUDAGraph(), None
+    with torch.cuda.graph(graph, stream=stream):
+        for turn in range(count):
+            result = calls[turn % len(calls)]()
+
+    def work(made=calls) -> Callable[[], object]:  # must live as long: the graph reads from them
+        return graph.replay
+
+    return work, result
 
 
 def host_time(work: Work, repeats: int = 5) -> float | None:

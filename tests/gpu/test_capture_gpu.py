@@ -1,9 +1,10 @@
-"""Steps replayed as CUDA graphs are the steps that the host launches."""
+"""What is replayed as a CUDA graph is what the host launches."""
 
 import pytest
 import torch
 from torch import nn
 
+import deep_delta.bench.op
 import deep_delta_cli
 from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.model.capture import captured
@@ -62,3 +63,21 @@ def test_benchmark_replays_what_it_checked(tmp_path, capsys):
     status = deep_delta_cli.main([*words.split(), "--variants", "ddl-cc", "--csv", str(path)])
     assert status == 0, capsys.readouterr().out
     assert path.read_text().count(" cuda-graphs rebuild=speed,bfloat16") == 8
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_benchmark_replays_operations_that_it_checked(factor, tmp_path, capsys, monkeypatch):
+    replayed = deep_delta.bench.op.replayed
+
+    def spoiled(works, count):
+        work, result = replayed(works, count)
+        return lambda: lambda: (work()(), [x.detach().mul_(factor) for x in result]), result
+
+    monkeypatch.setattr(deep_delta.bench.op, "replayed", spoiled)
+    path = tmp_path / "rows.csv"
+    words = "bench op --ops read --width 64 --value-channels 4 --kernel-sizes 1 --repeats 2"
+    status = deep_delta_cli.main([*words.split(), "--csv", str(path)])
+    rows = path.read_text()
+    assert status == (factor != 1), capsys.readouterr().out
+    assert rows.count(",ok\n") == (6 if factor == 1 else 0)
+    assert rows.count(",differs as a CUDA graph\n") == (0 if factor == 1 else 6)
