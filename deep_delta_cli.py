@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 COMPARE_DECIDES = ("variant", "seed", "resume")  # fields of a recipe that compare sets itself
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+SIGNALLED = 128  # plus its number: what a shell expects of a program that a signal ended
+INTERRUPTED = SIGNALLED + 2  # Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,11 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     train = jobs.add_parser(
         "train",
         help="train one model by a recipe",
-        usage="ddl train RECIPE.yaml [--field value ...]",
+        usage="ddl train RECIPE.yaml [FIELDS.yaml ...] [--field value ...]",
         add_help=False,
         allow_abbrev=False,
     )
-    train.add_argument("recipe", nargs="?", type=Path)
+    train.add_argument("recipes", nargs="*", type=Path)
     train.add_argument("-h", "--help", action="store_true")
     train.set_defaults(run=_train)
 
@@ -251,21 +252,23 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if options.help:
-        print("usage: ddl train RECIPE.yaml [--field value ...]\n")
-        print("Train one model; its folder is OUT/VARIANT/seed-SEED. Fields of a recipe:\n")
+        print("usage: ddl train RECIPE.yaml [FIELDS.yaml ...] [--field value ...]\n")
+        print("Train one model; its folder is OUT/VARIANT/seed-SEED. Later files and options")
+        print("replace fields of earlier ones. Fields of a recipe:\n")
         return _print_fields()
     from deep_delta.errors import UserError
 
-    if options.recipe is None:
+    if not options.recipes:
         raise UserError("train needs a recipe: ddl train RECIPE.yaml [--field value ...]")
     _need("train", "accelerate", "psutil", "yaml")
     from deep_delta.train import Interrupted, load_recipe, merge, parse_overrides, train
 
-    recipe = merge(load_recipe(options.recipe), parse_overrides(rest))
+    recipe = merge(load_recipe(*options.recipes), parse_overrides(rest))
     try:
         train(recipe)
-    except Interrupted:
-        return _fail("interrupted; the same command goes on from the checkpoint", INTERRUPTED)
+    except Interrupted as stop:
+        line = "interrupted; the same command goes on from the checkpoint"
+        return _fail(line, SIGNALLED + stop.signal)
     print(f"{recipe.run_folder / 'final'}")
     return 0
 
@@ -300,8 +303,9 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         command = "ddl " + shlex.join(sys.argv[1:])
         compare(recipe, [name.strip() for name in variants], list(seeds), command)
-    except Interrupted:
-        return _fail("interrupted; the same command goes on with what is missing", INTERRUPTED)
+    except Interrupted as stop:
+        line = "interrupted; the same command goes on with what is missing"
+        return _fail(line, SIGNALLED + stop.signal)
     return 0
 
 

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -207,8 +208,8 @@ def test_damaged_data_is_one_line(refused, here, cli_data, command, damage, expe
     ("words", "expected"),
     [
         ("--model.vocab_size 100", "vocabulary of 100"),
-        ("--resume empty", "empty is not a checkpoint folder"),
-        ("--resume nowhere", "nowhere is not a checkpoint folder"),
+        ("--resume empty", "empty is not a whole checkpoint"),
+        ("--resume nowhere", "there is no checkpoint folder nowhere"),
         ("--batch_size 4 --micro_batch_size 3", "micro_batch_size"),
         ("--out recipe.yaml", "recipe.yaml"),
     ],
@@ -229,11 +230,12 @@ def test_a_full_disk_is_one_line(refused, here, cli_data, monkeypatch):
     ("error", "status", "expected"),
     [
         (KeyboardInterrupt(), 130, "goes on where it stopped"),
-        (train_module.Interrupted(), 130, "goes on"),
+        (train_module.Interrupted(signal.SIGINT), 130, "goes on"),
+        (train_module.Interrupted(signal.SIGTERM), 143, "goes on"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "no disk space left"),
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, "Permission denied: runs"),
     ],
-    ids=["ctrl-c", "stopped with a checkpoint", "disk", "permission"],
+    ids=["ctrl-c", "stopped with a checkpoint", "terminated", "disk", "permission"],
 )
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_what_interrupts_is_one_line(ddl, here, monkeypatch, command, error, status, expected):

@@ -16,7 +16,7 @@ from deep_delta.compare.summary import summarise
 from deep_delta.errors import UserError
 from deep_delta.model.presets import VARIANTS, lookup
 from deep_delta.report import print_table, write_report
-from deep_delta.train import Recipe, RunResult, read_metrics, train
+from deep_delta.train import Diverged, Recipe, RunResult, read_metrics, read_result, train
 
 DEFAULT_VARIANTS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl-scalar")
 DEFAULT_SEEDS = (0, 1, 2)
@@ -47,7 +47,10 @@ def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str)
         for variant in variants:
             run = dataclasses.replace(recipe, variant=variant, seed=seed)
             folders[variant, seed] = run.run_folder
-            results.append(train(run))
+            try:
+                results.append(train(run))
+            except Diverged:  # a result like others, and no reason to stop the rest
+                results.append(read_result(run.run_folder))
             gc.collect()  # the next run's peak memory starts without this one's model
     out = Path(recipe.out)
     context = {

@@ -83,6 +83,16 @@ class TokenShards:
             shard += 1
         return result
 
+    def place(self, token: int) -> tuple[str, int]:
+        """The file name of the shard that holds a token, and the token's offset in it.
+
+        Errors: IndexError unless 0 <= token < len(self).
+        """
+        if not 0 <= token < len(self):
+            raise IndexError(f"token {token} of {len(self)}")
+        shard = int(np.searchsorted(self._borders, token, side="right")) - 1
+        return self._paths[shard].name, token - int(self._borders[shard])
+
     def _map(self, shard: int) -> npt.NDArray[np.unsignedinteger]:
         if shard not in self._maps:
             self._maps[shard] = np.memmap(self._paths[shard], dtype=self._dtype, mode="r")

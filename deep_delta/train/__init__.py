@@ -1,11 +1,12 @@
 """Training: a recipe, and one run of it on Hugging Face's Trainer."""
 
-from deep_delta.train.folder import RunResult, read_result
+from deep_delta.train.folder import Diverged, RunResult, read_result
 from deep_delta.train.metrics import read_metrics
 from deep_delta.train.recipe import Recipe, load_recipe, make_recipe, merge, parse_overrides
 from deep_delta.train.run import Interrupted, model_config, train
 
 __all__ = [
+    "Diverged",
     "Interrupted",
     "Recipe",
     "RunResult",

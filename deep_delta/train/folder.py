@@ -9,15 +9,18 @@ from torch import nn
 from transformers import Trainer
 
 from deep_delta.accounting import flops_per_token
-from deep_delta.data import Manifest
+from deep_delta.data import Manifest, TokenShards
 from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.train.checkpoint import STAGE, UNREAD, checkpoints, fault, newest_whole, step_of
 from deep_delta.train.metrics import read_metrics
 from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
-from deep_delta.train.trainer import DeltaTrainer
+from deep_delta.train.trainer import DeltaTrainer, NotFinite
 
 FINAL, RESULT, RECIPE, DATA = "final", "result.json", "recipe.yaml", "data.json"
+DIVERGED = "diverged.json"
+SHOWN = 4  # sequences of a diverged step that the one line names
 
 
 @dataclass
@@ -28,6 +31,8 @@ class RunResult:
     tokens_per_s: tokens / train_seconds without the first logged interval, which warms up.
     peak_memory_bytes: highest use of the device's memory by the run (of the process on a CPU).
     flops_per_token: forward and backward.
+    diverged: where the run stopped because a loss or gradient was no number, in one line; None if
+        it did not. val_loss is None then.
     """
 
     variant: str
@@ -39,6 +44,11 @@ class RunResult:
     tokens_per_s: float
     peak_memory_bytes: int
     flops_per_token: float
+    diverged: str | None = None
+
+
+class Diverged(UserError):
+    """A run that stopped because a loss or gradient was no number; it has a result all the same."""
 
 
 def read_result(folder: Path) -> RunResult:
@@ -67,8 +77,10 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
                 f"{folder} is finished: choose another --out to go on from {checkpoint}"
             )
     identity = _data_identity(data)
-    complete = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
-    if complete or (folder / RESULT).is_file():  # else there is nothing that other choices spoil
+    if folder.exists():
+        shutil.rmtree(folder / STAGE, ignore_errors=True)
+    newest = newest_whole(folder)
+    if newest or (folder / RESULT).is_file():  # else there is nothing that other choices spoil
         changed = recipe.differences(load_recipe(folder / RECIPE))
         if identity != json.loads((folder / DATA).read_text(encoding="utf-8")):
             changed.append(f"other data in {recipe.data}")
@@ -82,7 +94,6 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / RECIPE)
     write_json_atomically(folder / DATA, identity)
-    newest = max(complete, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
     return checkpoint or newest
 
 
@@ -94,14 +105,15 @@ def _data_identity(data: Manifest) -> dict[str, list[str]]:
 
 def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig) -> None:
     """UserError unless the folder is a checkpoint of this model that this recipe can go on from."""
-    needed = ("trainer_state.json", "config.json", "model.safetensors", "optimizer.pt")
-    missing = [name for name in needed if not (checkpoint / name).is_file()]
-    if missing:
-        raise UserError(f"{checkpoint} is not a checkpoint folder: it has no {missing[0]}")
-    step = checkpoint.name.rpartition("-")[2]
-    if not step.isdigit():
+    if not checkpoint.is_dir():
+        raise UserError(f"there is no checkpoint folder {checkpoint}")
+    wrong = fault(checkpoint)
+    if wrong is not None:
+        raise UserError(f"{checkpoint} is not a whole checkpoint: {wrong}")
+    step = step_of(checkpoint)
+    if step is None:
         raise UserError(f"{checkpoint} is not named checkpoint-STEP")
-    if int(step) >= recipe.steps:
+    if step >= recipe.steps:
         raise UserError(f"{checkpoint} has no step left to train of the recipe's {recipe.steps}")
     theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string(use_diff=False))
@@ -118,10 +130,12 @@ def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig)
 
 def check_disk(folder: Path, model: nn.Module, recipe: Recipe) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    checkpoints = recipe.keep_checkpoints + 1 if recipe.save_every else 1  # Ctrl-C's
-    needed = weights * (1 + 3 * checkpoints)  # a checkpoint holds two moments beside the weights
+    saved = recipe.keep_checkpoints + 1 if recipe.save_every else 1  # Ctrl-C's
+    needed = weights * (1 + 3 * saved)  # a checkpoint holds two moments beside the weights
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    # Those that are there already will make room for the next.
+    kept = [file for path in checkpoints(folder) for file in path.rglob("*") if file.is_file()]
+    if free + sum(file.stat().st_size for file in kept) < needed:
         raise UserError(
             f"{folder} has {free / 2**20:,.0f} MiB free, the run needs about "
             f"{needed / 2**20:,.0f} MiB: make room or choose another out"
@@ -138,6 +152,28 @@ def save_weight_decay(trainer: DeltaTrainer, model: nn.Module, path: Path) -> No
     path.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 
+def save_divergence(event: NotFinite, shards: TokenShards, seq_len: int, folder: Path) -> str:
+    """Leave diverged.json with the step and its data; what happened in one line."""
+    places = []
+    for sequence in event.sequences:
+        shard, offset = shards.place(sequence * seq_len)
+        places.append({"sequence": sequence, "shard": shard, "token": offset})
+    newest = newest_whole(folder)
+    report = {
+        "step": event.step,
+        event.what: str(event.value),
+        "sequences": places,
+        "checkpoint": None if newest is None else newest.name,
+    }
+    write_json_atomically(folder / DIVERGED, report)
+    named = ", ".join(f"{place['shard']} from token {place['token']:,}" for place in places[:SHOWN])
+    more = len(places) - SHOWN
+    return (
+        f"{event}; its batch: {named}{f' and {more} more' if more > 0 else ''} (see "
+        f"{folder / DIVERGED}); last good checkpoint: {newest or 'none'}"
+    )
+
+
 def save_final(
     trainer: Trainer, model: DeepDeltaForCausalLM, data_folder: Path, final: Path
 ) -> None:
@@ -148,7 +184,7 @@ def save_final(
     trainer.save_model(str(temporary))
     if not trainer.is_world_process_zero():
         return
-    (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
+    (temporary / UNREAD).unlink(missing_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(data_folder / name, temporary / name)
     shutil.rmtree(final, ignore_errors=True)
@@ -156,7 +192,12 @@ def save_final(
 
 
 def save_result(
-    recipe: Recipe, config: DeepDeltaConfig, model: nn.Module, folder: Path, memory: int
+    recipe: Recipe,
+    config: DeepDeltaConfig,
+    model: nn.Module,
+    folder: Path,
+    memory: int,
+    diverged: str | None = None,
 ) -> RunResult:
     rows = read_metrics(folder / "metrics.jsonl")
     logged = [row for row in rows if "loss" in row]
@@ -168,12 +209,13 @@ def save_result(
         variant=recipe.variant,
         seed=recipe.seed,
         parameters=sum(p.numel() for p in model.parameters()),
-        val_loss=evaluated[-1]["val_loss"],
+        val_loss=None if diverged else evaluated[-1]["val_loss"],
         tokens=last["tokens"],
         train_seconds=last["seconds"],
         tokens_per_s=(last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
         peak_memory_bytes=memory,
         flops_per_token=flops_per_token(config, recipe.seq_len),
+        diverged=diverged,
     )
     write_json_atomically(folder / RESULT, asdict(result))
     return result

@@ -1,5 +1,6 @@
 """Train one model by a recipe, on Hugging Face's Trainer."""
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from deep_delta.model.loss import LinearCrossEntropy, resolve_loss
 from deep_delta.train.folder import (
     FINAL,
     RESULT,
+    Diverged,
     RunResult,
     check_disk,
     prepare_folder,
     read_result,
+    save_divergence,
     save_final,
     save_result,
     save_weight_decay,
@@ -28,11 +31,22 @@ from deep_delta.train.folder import (
 from deep_delta.train.metrics import MetricsWriter
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
-from deep_delta.train.trainer import DeltaTrainer, StopOnSignal, training_arguments, warm_up
+from deep_delta.train.trainer import (
+    DeltaTrainer,
+    NotFinite,
+    NumberedSequences,
+    StopOnSignal,
+    training_arguments,
+    warm_up,
+)
 
 
 class Interrupted(Exception):
-    """The run was stopped by Ctrl-C after saving a checkpoint."""
+    """The run was stopped by Ctrl-C or SIGTERM (`signal`, its number) after saving a checkpoint."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
 
 
 def train(recipe: Recipe) -> RunResult:
@@ -43,7 +57,8 @@ def train(recipe: Recipe) -> RunResult:
 
     Raises:
         UserError: data, recipe or run folder that do not fit, in one line.
-        Interrupted: after Ctrl-C; the same call goes on from the checkpoint.
+        Diverged: a loss or gradient was no number; result.json and diverged.json say where.
+        Interrupted: after Ctrl-C or SIGTERM; the same call goes on from the checkpoint.
     """
     _quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
@@ -53,7 +68,10 @@ def train(recipe: Recipe) -> RunResult:
     checkpoint = prepare_folder(recipe, config, manifest)
     folder = recipe.run_folder
     if (folder / RESULT).is_file():
-        return read_result(folder)
+        result = read_result(folder)
+        if result.diverged:
+            raise Diverged(result.diverged)
+        return result
 
     with PeakMemory() as memory:
         set_seed(recipe.seed)
@@ -82,20 +100,35 @@ def train(recipe: Recipe) -> RunResult:
         trainer.add_callback(stopper)
         save_weight_decay(trainer, model, folder / "weight_decay.json")
         warm_up(trainer, model, train_data)
-        if trained is None:  # else only what follows the last step is missing
-            with stopper:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stopper.requested and trainer.state.global_step < recipe.steps:
-            progress.finish(f"interrupted at step {trainer.state.global_step}, checkpoint saved")
-            raise Interrupted
+        diverged = None
+        try:
+            if trained is None:  # else only what follows the last step is missing
+                with stopper:
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{checkpoint} has a file that holds more than numbers; it was not read: "
+                "use another checkpoint"
+            ) from None
+        except NotFinite as event:
+            shards = train_data.data.shards
+            diverged = save_divergence(event, shards, recipe.seq_len, folder)
+        step = trainer.state.global_step
+        if stopper.requested is not None and step < recipe.steps and diverged is None:
+            progress.finish(f"interrupted at step {step}, checkpoint saved")
+            raise Interrupted(stopper.requested)
+    if diverged is not None:
+        save_result(recipe, config, model, folder, memory.bytes, diverged)
+        progress.finish("diverged")
+        raise Diverged(diverged)
     save_final(trainer, model, data_folder, folder / FINAL)
     result = save_result(recipe, config, model, folder, memory.bytes)
     progress.finish(
         f"val loss {float('nan') if result.val_loss is None else result.val_loss:.4f}  "
         f"{result.tokens_per_s:,.0f} tokens/s"
     )
-    if stopper.requested:  # in the last step: this run is complete, but nothing is to follow
-        raise Interrupted
+    if stopper.requested is not None:  # in the last step: complete, but nothing is to follow
+        raise Interrupted(stopper.requested)
     return result
 
 
@@ -135,7 +168,7 @@ def _data_folder(recipe: Recipe) -> Path:
 
 def _datasets(
     recipe: Recipe, folder: Path, config: DeepDeltaConfig
-) -> tuple[Subset, Subset, Manifest]:
+) -> tuple[NumberedSequences, Subset, Manifest]:
     train_shards, val_shards = (TokenShards.open(folder, split) for split in ("train", "val"))
     check_tokenizer(train_shards.manifest, config.vocab_size)
     config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
@@ -150,8 +183,8 @@ def _datasets(
     limit = min(recipe.eval_sequences or len(val_data), len(val_data))
     # Whole batches only, so that every step of every epoch has the tokens it says it has.
     whole = len(train_data) - len(train_data) % recipe.batch_size
-    train_part, val_part = Subset(train_data, range(whole)), Subset(val_data, range(limit))
-    return train_part, val_part, train_shards.manifest
+    train_part = NumberedSequences(train_data, whole)
+    return train_part, Subset(val_data, range(limit)), train_shards.manifest
 
 
 def _quiet_transformers() -> None:

@@ -1,28 +1,60 @@
 """Hugging Face's Trainer with what this library does differently, and its settings."""
 
+import math
 import os
+import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import Subset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from deep_delta.data.shards import IGNORED_LABEL
+from deep_delta.data.shards import IGNORED_LABEL, PackedSequences
 from deep_delta.errors import UserError
 from deep_delta.residual import ResidualModule
+from deep_delta.train.checkpoint import PREFIX_CHECKPOINT_DIR, STAGE, publish
 from deep_delta.train.recipe import Recipe
+
+SEQUENCE = "sequence"  # which one of the data an item is: not for the model
+
+
+class NumberedSequences(Dataset[dict[str, Tensor]]):
+    """The first `count` items of a data set, each with its index as "sequence"."""
+
+    def __init__(self, data: PackedSequences, count: int):
+        self.data, self.count = data, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**self.data[index], SEQUENCE: torch.tensor(index)}
+
+
+class NotFinite(Exception):
+    """A loss or gradient norm that is no number: what, at which step, on which sequences."""
+
+    def __init__(self, what: str, value: float, step: int, sequences: list[int]):
+        super().__init__(f"the {what} is {value} at step {step}")
+        self.what, self.value, self.step, self.sequences = what, value, step, sequences
 
 
 class DeltaTrainer(Trainer):
-    """Trainer with the paper's weight decay and an exact validation loss.
+    """Trainer with the paper's weight decay, an exact validation loss and whole checkpoints.
 
-    Weight decay is on every tensor of two or more dimensions.
+    Weight decay is on every tensor of two or more dimensions. Training stops with `NotFinite` at
+    the first log that meets a loss or gradient norm that is no number, and nothing is saved then.
     """
 
     def __init__(self, recipe: Recipe, eval_dataset: Subset, **kwargs):
-        self.decay_residual = recipe.decay_residual
+        self.decay_residual, self.keep_checkpoints = recipe.decay_residual, recipe.keep_checkpoints
+        # Step, sequences and loss of every pass since the last log: looked at only there, since
+        # reading a loss waits for the GPU.
+        self.passes: list[tuple[int, Tensor, Tensor]] = []
+        self.staging = False
         super().__init__(eval_dataset=eval_dataset, **kwargs)
         sequences = range(len(eval_dataset))
         labels = (eval_dataset[index]["labels"][1:] for index in sequences)
@@ -35,12 +67,49 @@ class DeltaTrainer(Trainer):
         Trainer averages an evaluation's batch losses by sequences. Dividing each batch's sum by
         its sequences times the predictions of an average one makes that the mean over predictions.
         """
-        inputs = {**inputs, "skip_logits": True}
+        inputs = {name: value for name, value in inputs.items() if name != SEQUENCE}
+        inputs["skip_logits"] = True
         if model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         items = len(inputs["labels"]) * self.predictions_per_sequence
         outputs = model(**inputs, num_items_in_batch=items)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        sequences = inputs[SEQUENCE]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.passes.append((self.state.global_step + 1, sequences, loss))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" not in logs:
+            return
+        passes, self.passes = self.passes, []
+        norm = logs.get("grad_norm", 0.0)
+        if math.isfinite(logs["loss"]) and math.isfinite(norm):
+            return
+        bad = [step for step, _, loss in passes if not math.isfinite(loss.item())]
+        step = bad[0] if bad else self.state.global_step
+        what, value = ("loss", logs["loss"]) if bad else ("gradient norm", norm)
+        own = [number for at, numbers, _ in passes if at == step for number in numbers.tolist()]
+        raise NotFinite(what, value, step, own)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGE) if self.staging else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, but whole or not at all; on an error what is there already stays."""
+        stage = Path(self.args.output_dir or ".", STAGE)
+        self.staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            staged = stage / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            publish(staged, stage.parent, self.keep_checkpoints)
+        finally:
+            self.staging = False
+            shutil.rmtree(stage, ignore_errors=True)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         residual = (
@@ -61,26 +130,32 @@ class DeltaTrainer(Trainer):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it now."""
+    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
+
+    `requested` is then the signal's number, else None. Ctrl-C after that ends the run at once;
+    another SIGTERM, which schedulers like to repeat, changes nothing.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._before: Any = None
+        self.requested: int | None = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        self._before = signal.signal(signal.SIGINT, self._stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _stop(self, *_: object) -> None:
-        if self.requested:
+    def _stop(self, number: int, *_: object) -> None:
+        if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = self.requested or number
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.requested and state.global_step < state.max_steps:
+        if self.requested is not None and state.global_step < state.max_steps:
             control.should_save = control.should_log = control.should_training_stop = True
 
 
@@ -124,7 +199,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         prediction_loss_only=True,
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or recipe.steps,
-        save_total_limit=recipe.keep_checkpoints,
+        remove_unused_columns=False,  # the number of a sequence is for the trainer
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
@@ -134,7 +209,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def warm_up(trainer: Trainer, model: nn.Module, data: Subset) -> None:
+def warm_up(trainer: Trainer, model: nn.Module, data: NumberedSequences) -> None:
     """One untimed pass: first calls load or compile, and whoever trains first should not pay."""
     batch = [data[index] for index in range(trainer.args.per_device_train_batch_size)]
     inputs = trainer._prepare_inputs(default_data_collator(batch))

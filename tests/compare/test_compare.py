@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import signal
 import statistics
 
 import pytest
@@ -44,7 +45,7 @@ def trained(monkeypatch):
     def recorded(recipe):
         calls.append((recipe.variant, recipe.seed))
         if len(calls) == calls.stop_at:
-            raise Interrupted
+            raise Interrupted(signal.SIGINT)
         return train(recipe)
 
     monkeypatch.setattr(compare_module, "train", recorded)
@@ -158,6 +159,14 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(
         for seed in SEEDS[:2]:
             folder = f"{variant}/seed-{seed}"
             assert losses(tmp_path / folder) == losses(out / folder)
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(micro_data, tmp_path, capsys):
+    recipe = micro_recipe(micro_data, tmp_path, lr=1e30, clip=1e30, warmup_steps=0)
+    for _ in range(2):  # the second time from what is there
+        compare(recipe, VARIANTS[:2], [0], "ddl compare")
+        assert "diverged" in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
 # The runs of the following tests are there; only their reports are new.

@@ -1,9 +1,12 @@
 """Stopping and going on: the run ends as if nothing had happened, and nothing is lost."""
 
 import dataclasses
+import errno
+import hashlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 import signal
 
@@ -14,6 +17,7 @@ from train.micro import equal_weights, losses, micro_recipe, rows_of, some_text,
 
 from deep_delta.data import prepare
 from deep_delta.train import Interrupted, read_result, train
+from deep_delta.train.checkpoint import fault
 from deep_delta.train.trainer import DeltaTrainer
 
 
@@ -63,6 +67,11 @@ def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def preempt():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it to a job's every process, or again
+
+
 # Checkpoints are at 2 and 4; 6 steps; log rows after the checkpoint are written before the crash.
 @pytest.mark.parametrize("crash_at", [2, 3, 4, 6])
 def test_a_crashed_run_goes_on_from_its_checkpoint(micro_data, tmp_path, at_pass, whole, crash_at):
@@ -75,26 +84,111 @@ def test_a_crashed_run_goes_on_from_its_checkpoint(micro_data, tmp_path, at_pass
     same_run(recipe.run_folder, whole)
 
 
-def test_an_unfinished_checkpoint_is_passed_over(micro_data, tmp_path, at_pass, whole):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name", "reason"),
+    [
+        (cut, "optimizer.pt", "bytes instead of"),
+        (flip, "model.safetensors", "model.safetensors is corrupt"),
+        (pathlib.Path.unlink, "rng_state.pth", "it has no rng_state.pth"),
+        (pathlib.Path.unlink, "contents.json", "it has no contents.json"),
+        (cut, "contents.json", "cannot be read"),
+    ],
+    ids=["cut", "flipped", "missing", "without contents", "cut contents"],
+)
+def test_a_broken_checkpoint_is_put_aside_for_the_one_before(
+    micro_data, tmp_path, at_pass, whole, capsys, spoil, name, reason
+):
     recipe = micro_recipe(micro_data, tmp_path, save_every=2)
     at_pass(6, crash)
     with pytest.raises(RuntimeError, match="gone"):
         train(recipe)
-    (recipe.run_folder / "checkpoint-4" / "trainer_state.json").unlink()  # written last
-    with (recipe.run_folder / "metrics.jsonl").open("a") as file:
+    folder = recipe.run_folder
+    if name == "contents.json" and spoil is cut:
+        (folder / "checkpoint-4" / name).write_text("{")
+    else:
+        spoil(folder / "checkpoint-4" / name)
+    with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "los')
+    train(recipe)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not whole" in line]
+    assert line.startswith(f"ddl: {folder / 'checkpoint-4'} is not whole (")
+    assert reason in line
+    assert (folder / "broken-checkpoint-4").is_dir()
+    same_run(folder, whole)
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(
+    micro_data, tmp_path, monkeypatch, whole
+):
+    save = torch.save
+
+    def full(value, path, *rest):
+        if "checkpoint-4" in str(path):
+            pathlib.Path(path).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(value, path, *rest)
+
+    recipe = micro_recipe(micro_data, tmp_path, save_every=2)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe)
+    monkeypatch.undo()
+    names = {path.name for path in recipe.run_folder.iterdir() if path.is_dir()}
+    assert names == {"checkpoint-2"}
+    assert fault(recipe.run_folder / "checkpoint-2") is None
     train(recipe)
     same_run(recipe.run_folder, whole)
 
 
-@pytest.mark.parametrize("fields", [{}, {"micro_batch_size": 2}], ids=["one pass", "two passes"])
-def test_ctrl_c_saves_and_the_same_call_goes_on(micro_data, tmp_path, at_pass, whole, fields):
-    recipe = micro_recipe(micro_data, tmp_path, **fields)
-    before = signal.getsignal(signal.SIGINT)
-    at_pass(4 * (1 if not fields else 2), press_ctrl_c)
-    with pytest.raises(Interrupted):
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nothing_in_a_checkpoint_is_executed(micro_data, tmp_path, at_pass, name):
+    recipe = micro_recipe(micro_data, tmp_path, save_every=2)
+    at_pass(4, crash)
+    with pytest.raises(RuntimeError, match="gone"):
         train(recipe)
-    assert signal.getsignal(signal.SIGINT) is before
+    checkpoint = recipe.run_folder / "checkpoint-2"
+    assert not (checkpoint / "training_args.bin").exists()
+    torch.save({"state": Planted(tmp_path / "executed")}, checkpoint / name)
+    contents = json.loads((checkpoint / "contents.json").read_text())
+    data = (checkpoint / name).read_bytes()
+    contents[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "contents.json").write_text(json.dumps(contents))
+    assert str(checkpoint) in user_error(train, recipe)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("fields", [{}, {"micro_batch_size": 2}], ids=["one pass", "two passes"])
+@pytest.mark.parametrize(
+    ("stop", "number"), [(press_ctrl_c, signal.SIGINT), (preempt, signal.SIGTERM)]
+)
+def test_a_signal_saves_and_the_same_call_goes_on(
+    micro_data, tmp_path, at_pass, whole, stop, number, fields
+):
+    recipe = micro_recipe(micro_data, tmp_path, **fields)
+    before = signal.getsignal(number)
+    at_pass(4 * (1 if not fields else 2), stop)
+    with pytest.raises(Interrupted) as stopped:
+        train(recipe)
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) is before
     assert [path.name for path in recipe.run_folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (recipe.run_folder / "result.json").exists()
     train(recipe)

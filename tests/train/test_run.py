@@ -1,6 +1,8 @@
 """One training run: what it leaves behind, and what it refuses."""
 
 import itertools
+import json
+import math
 import shutil
 from collections import namedtuple
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.data import PackedSequences, TokenShards
 from deep_delta.train import load_recipe, read_metrics, read_result, train
+from deep_delta.train.trainer import DeltaTrainer
 
 
 def test_a_run_folder_is_complete(micro_data, tmp_path):
@@ -81,10 +84,41 @@ def test_validation_loss_is_the_mean_over_predicted_tokens(
     assert result.val_loss == pytest.approx(total / tokens, abs=2e-6)
 
 
-def test_a_diverged_run_has_a_result(micro_data, tmp_path):
-    recipe = micro_recipe(micro_data, tmp_path, lr=1e30, clip=1e30, warmup_steps=0)
-    assert train(recipe).val_loss is None
-    assert rows_of(recipe.run_folder, "loss")[-1]["loss"] is None
+def test_a_diverged_run_stops_and_says_where(micro_data, tmp_path, monkeypatch, batches):
+    loss_of = DeltaTrainer.compute_loss
+
+    def overflowing(self, *arguments, **keywords):
+        bad = self.state.global_step == 4 and self.model.training
+        return loss_of(self, *arguments, **keywords) * (math.inf if bad else 1)
+
+    monkeypatch.setattr(DeltaTrainer, "compute_loss", overflowing)
+    # Rows are logged every third step only: the step is found all the same.
+    fields = {"micro_batch_size": 2, "log_every": 3, "save_every": 2, "eval_every": 6}
+    recipe = micro_recipe(micro_data, tmp_path, **fields)
+    message = user_error(train, recipe)
+    folder = recipe.run_folder
+    assert message.startswith("the loss is ")
+    assert " at step 5; its batch: " in message
+    assert message.endswith(f"last good checkpoint: {folder / 'checkpoint-4'}")
+    report = json.loads((folder / "diverged.json").read_text())
+    assert (report["step"], report["checkpoint"]) == (5, "checkpoint-4")
+    shards = TokenShards.open(micro_data, "train")
+    seen = torch.cat(batches[8:10])  # two passes of two sequences
+    for place, ids in zip(report["sequences"], seen, strict=True):
+        start = place["sequence"] * recipe.seq_len
+        assert (place["shard"], place["token"]) == shards.place(start)
+        assert shards.tokens(start, start + recipe.seq_len).tolist() == ids.tolist()
+        assert f"{place['shard']} from token {place['token']:,}" in message
+    assert rows_of(folder, "loss")[-1]["loss"] is None
+    assert read_result(folder).val_loss is None
+    monkeypatch.undo()
+    assert user_error(train, recipe) == message, "it is not trained again"
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, lr=1e30, clip=1e30, warmup_steps=0, save_every=1)
+    assert " is nan at step 2" in user_error(train, recipe)
+    assert [path.name for path in recipe.run_folder.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_a_full_disk_is_one_line_before_training(micro_data, tmp_path, monkeypatch):

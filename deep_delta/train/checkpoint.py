@@ -1,0 +1,95 @@
+"""Checkpoints that are whole or not there: written aside, hashed, made durable, then renamed."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from deep_delta.data.files import fsync_folder, sha256_of, write_json_atomically
+
+CONTENTS = "contents.json"  # size and SHA-256 of every other file
+STAGE = "unfinished"  # in the run folder: where a checkpoint is written
+# Trainer writes this pickle of its arguments and never reads it; recipe.yaml says it all.
+UNREAD = "training_args.bin"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a folder named checkpoint-STEP, None for other names."""
+    prefix, _, step = checkpoint.name.rpartition("-")
+    return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal() else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first, whole or not."""
+    found = [
+        path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) is not None
+    ]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def publish(staged: Path, folder: Path, keep: int) -> None:
+    """Make a staged checkpoint one of the run folder, and delete all but the newest `keep`.
+
+    A process killed at any moment leaves it whole in the run folder or not there at all.
+    """
+    (staged / UNREAD).unlink(missing_ok=True)
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    contents = {
+        path.relative_to(staged).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in files
+    }
+    write_json_atomically(staged / CONTENTS, contents)
+    target = folder / staged.name
+    if target.exists():
+        shutil.rmtree(target)
+    staged.rename(target)
+    fsync_folder(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if they are all as they were written."""
+    try:
+        contents = json.loads((checkpoint / CONTENTS).read_text(encoding="utf-8"))
+        for name, expected in contents.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"it has no {name}"
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+            if sha256_of(path) != expected["sha256"]:
+                return f"{name} is corrupt"
+    except FileNotFoundError:
+        return f"it has no {CONTENTS}"
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return f"its {CONTENTS} cannot be read"
+    return None
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run folder whose files are whole.
+
+    Newer ones are put aside as broken-checkpoint-STEP, with a line on stderr each.
+    """
+    for checkpoint in reversed(checkpoints(folder)):
+        wrong = fault(checkpoint)
+        if wrong is None:
+            return checkpoint
+        aside = checkpoint.with_name(f"broken-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        print(
+            f"ddl: {checkpoint} is not whole ({wrong}): put aside as {aside.name}", file=sys.stderr
+        )
+    return None

@@ -1,0 +1,45 @@
+"""A run that is killed again and again ends as if nothing had happened."""
+
+import multiprocessing
+import random
+import time
+
+import pytest
+from train.micro import equal_weights, losses, micro_recipe
+
+from deep_delta.train import train
+from deep_delta.train.checkpoint import checkpoints, fault
+
+KILLS = 20
+FIELDS = {"steps": 60, "save_every": 2, "keep_checkpoints": 2, "eval_every": 20}
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(micro_data, tmp_path):
+    whole = micro_recipe(micro_data, tmp_path / "whole", **FIELDS)
+    began = time.monotonic()
+    train(whole)
+    length = time.monotonic() - began
+    # Children that start from a server which has loaded everything: most of their time is training.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deep_delta.train"])
+    kills = finished = 0
+    random.seed(0)
+    while kills < KILLS or not finished:
+        recipe = micro_recipe(micro_data, tmp_path / f"run-{finished}", **FIELDS)
+        child = context.Process(target=train, args=(recipe,))
+        child.start()
+        child.join(random.uniform(0, length) if kills < KILLS else None)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            kills += 1
+            # Those that are there are whole at any moment, but for one that was being deleted.
+            assert [fault(path) for path in checkpoints(recipe.run_folder)[-2:]] in (
+                [], [None], [None, None],
+            )  # fmt: skip
+            continue
+        assert child.exitcode == 0
+        assert losses(recipe.run_folder) == losses(whole.run_folder)
+        equal_weights(recipe.run_folder, whole.run_folder)
+        finished += 1
