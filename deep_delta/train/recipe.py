@@ -124,8 +124,22 @@ class Recipe:
         ]
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a YAML (or JSON) recipe. UserError for a missing file, bad YAML, or bad fields."""
+def load_recipe(path: Path, *more: Path) -> Recipe:
+    """Read a YAML (or JSON) recipe, and files of fields that replace some of its own.
+
+    UserError for a missing file, bad YAML, or bad fields.
+    """
+    values: dict[str, Any] = {}
+    for file in (path, *more):
+        own = _read_fields(file)
+        make_recipe(own, origin=str(file))  # what is wrong is said of the file that says it
+        if isinstance(own.get("model"), dict):
+            own["model"] = {**values.get("model", {}), **own["model"]}
+        values |= own
+    return make_recipe(values, origin=str(path))
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
@@ -136,7 +150,7 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold fields of a recipe, one 'name: value' a line")
-    return make_recipe({str(name): value for name, value in loaded.items()}, origin=str(path))
+    return {str(name): value for name, value in loaded.items()}
 
 
 def make_recipe(values: dict[str, Any], origin: str = "the recipe") -> Recipe:

@@ -11,7 +11,8 @@ from deep_delta.model.presets import SIZES, VARIANTS
 from deep_delta.train import Recipe, load_recipe, make_recipe, merge, model_config, parse_overrides
 from deep_delta.train.recipe import save_recipe
 
-RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
+CARRIED = REPO / "recipes"
+RECIPES = sorted(path for size in SIZES for path in (CARRIED / size).glob("*.yaml"))
 
 
 def write(tmp_path, text):
@@ -180,5 +181,41 @@ def test_the_carried_recipes_load(path):
     assert config.num_hidden_layers == SIZES[recipe.size]["num_hidden_layers"]
 
 
-def test_every_variant_has_a_tiny_recipe():
-    assert {path.stem for path in RECIPES if path.parent.name == "tiny"} == VARIANTS.keys()
+@pytest.mark.parametrize("size", SIZES)
+def test_every_variant_has_a_recipe_at_every_size(size):
+    assert {path.stem for path in RECIPES if path.parent.name == size} == VARIANTS.keys()
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name != "tiny"])
+def test_large_recipes_are_the_papers(path):
+    recipe = load_recipe(path)
+    assert recipe.steps * recipe.batch_size * recipe.seq_len == 100_000 * 480 * 1024
+    assert (recipe.lr, recipe.warmup_steps, recipe.weight_decay) == (1e-3, 2000, 0.1)
+    assert (recipe.beta1, recipe.beta2, recipe.clip) == (0.9, 0.95, 1.0)
+    assert (recipe.precision, recipe.seed) == ("bf16", 0)
+    for devices in (1, 2, 4, 8):
+        assert recipe.batch_size % (recipe.micro_batch_size * devices) == 0
+    for other in path.parent.glob("*.yaml"):
+        differences = load_recipe(other).differences(recipe)
+        assert all(name.startswith("variant: ") for name in differences), "nothing else differs"
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("1b", 1e9), ("5b", 5e9)])
+def test_budgets_are_whole_schedules_of_so_many_tokens(name, tokens):
+    long = CARRIED / "small" / "ddl-cc.yaml"
+    short = load_recipe(long, CARRIED / "budgets" / f"{name}.yaml")
+    assert short.steps * short.batch_size * short.seq_len == pytest.approx(tokens, rel=1e-3)
+    changed = [difference.split(":")[0] for difference in short.differences(load_recipe(long))]
+    assert changed == ["steps", "warmup_steps"]
+
+
+def test_later_files_replace_fields_of_earlier_ones(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("steps: 7\nlr: 0.5\nmodel: {head_dim: 8, rebuild: 1}\n")
+    second.write_text("steps: 9\nmodel: {rebuild: 2}\n")
+    recipe = load_recipe(first, second)
+    assert (recipe.steps, recipe.lr, recipe.model) == (9, 0.5, {"head_dim": 8, "rebuild": 2})
+    second.write_text("stepz: 9\n")
+    message = user_error(load_recipe, first, second)
+    assert str(second) in message
+    assert "steps" in message
