@@ -9,24 +9,43 @@ from typing import Any
 import psutil
 import torch
 
+# Dense bf16 matrix products, FLOP/s, by the makers' data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
-def flops_per_token(config: Any, seq_len: int) -> float:
-    """FLOPs of one training token, forward and backward, in a sequence of seq_len tokens.
 
-    A multiply-add counts as two, the backward pass as twice the forward, causal attention at its
-    average of (seq_len + 1)/2 keys. Element-wise work that every variant shares (norms, RoPE,
-    SwiGLU, softmax) is left out, as usual; what the residual adds is counted in full.
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name; None for one that is not in PEAK_FLOPS."""
+    return next((most for name, most in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def forward_flops(config: Any, seq_len: int) -> dict[str, float]:
+    """FLOPs of one token's forward pass in a sequence of seq_len tokens, by component.
+
+    "projections" (q, k, v, o), "scores" (and their product with the values), "mlp", "head", "read"
+    (the compressors, also the readout's), "write" (gates, targets, directions, rank-1 writes) and
+    "expand" (the embedding convolution), over all layers.
+
+    A multiply-add counts as two, causal attention at its average of (seq_len + 1)/2 keys.
+    Element-wise work that every variant shares (norms, RoPE, SwiGLU, softmax) is left out, as
+    usual; what the residual adds is counted in full.
     """
     d, layers, dv = config.hidden_size, config.num_hidden_layers, config.value_channels
     heads = config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
-    projections = 2 * d * (2 * heads + 2 * key_value)
-    scores = 2 * 2 * heads * (seq_len + 1) / 2
-    mlp = 2 * 3 * d * config.intermediate_size
-    head = 2 * d * config.vocab_size
-    block = projections + scores + mlp + 2 * (_read_flops(config) + _write_flops(config))
-    expand = 2 * d * dv * config.embedding_kernel_size if config.embedding_conv else 0
-    return 3 * (layers * block + expand + _read_flops(config) + head)
+    return {
+        "projections": layers * 2 * d * (2 * heads + 2 * key_value),
+        "scores": layers * 2 * 2 * heads * (seq_len + 1) / 2,
+        "mlp": layers * 2 * 3 * d * config.intermediate_size,
+        "head": 2 * d * config.vocab_size,
+        "read": (2 * layers + 1) * _read_flops(config),
+        "write": 2 * layers * _write_flops(config),
+        "expand": 2 * d * dv * config.embedding_kernel_size if config.embedding_conv else 0,
+    }
+
+
+def flops_per_token(config: Any, seq_len: int) -> float:
+    """FLOPs of one training token: `forward_flops`, and twice as many for the backward pass."""
+    return 3 * sum(forward_flops(config, seq_len).values())
 
 
 def _read_flops(config: Any) -> float:

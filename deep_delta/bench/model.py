@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deep_delta.accounting import PeakMemory, flops_per_token
+from deep_delta.accounting import PeakMemory, flops_per_token, peak_flops
 from deep_delta.bench.op import available_providers
 from deep_delta.bench.record import OK, Record, chosen, table
 from deep_delta.bench.subject import Setup, Subject, Wrong, graphs_apart
@@ -26,9 +26,6 @@ ROUNDS = 4
 ONCE_A_MODE = ("time", "host", "tokens/s", "ratio")
 ONCE = ("peak memory", "memory ratio", "MFU", "first step")  # with the first mode
 FILLED = 0.85  # of the GPU's memory that all models and the largest step may take together
-
-# Dense bf16 matrix products, FLOP/s, by the makers' data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def bench_model(
@@ -246,12 +243,10 @@ class Benchmark:
             figures["first_step_s"] = shown["first step"] = f"{subject.first_step:.1f}"
             shown["first step"] += " s"
             flops = speed * flops_per_token(subject.config(), self.setup.seq_len)
-            for name, most in PEAK_FLOPS.items():
-                if name in self.record.environment["device"]:
-                    figures["mfu"], shown["MFU"] = (
-                        f"{flops / most:.4f}",
-                        f"{100 * flops / most:.1f} %",
-                    )
+            most = peak_flops(self.record.environment["device"])
+            if most is not None:
+                figures["mfu"] = f"{flops / most:.4f}"
+                shown["MFU"] = f"{100 * flops / most:.1f} %"
         return figures, shown
 
 

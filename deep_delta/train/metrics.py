@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from deep_delta.accounting import peak_flops
 from deep_delta.data.files import write_atomically
 from deep_delta.train.progress import ProgressLine
 
@@ -45,13 +47,23 @@ def _line(row: Row) -> str:
 class MetricsWriter(TrainerCallback):
     """Writes metrics.jsonl and the progress line.
 
-    Rows at logged steps: step, tokens, seconds, loss, lr, grad_norm, tokens_per_s; at evaluations:
-    step, tokens, seconds, val_loss. `seconds` is training time, without evaluation and saving;
-    `tokens` counts input tokens; `loss` is the mean over the steps since the last row.
+    Rows at logged steps: step, tokens, flops, seconds, loss, lr, grad_norm, tokens_per_s, on a GPU
+    memory_bytes (the allocator's peak so far) and, where its peak speed is known, mfu; at
+    evaluations: step, tokens, flops, seconds, val_loss. `seconds` is training time, without
+    evaluation and saving; `tokens` counts input tokens and `flops` what they cost by
+    `flops_per_token`; `loss` is the mean over the steps since the last row.
     """
 
-    def __init__(self, path: Path, tokens_per_step: int, resumed_at: int, progress: ProgressLine):
+    def __init__(
+        self,
+        path: Path,
+        tokens_per_step: int,
+        flops_per_token: float,
+        resumed_at: int,
+        progress: ProgressLine,
+    ):
         self.path, self.tokens_per_step, self.progress = path, tokens_per_step, progress
+        self.flops_per_token = flops_per_token
         rows = keep_until(path, resumed_at)
         self.seconds: float = rows[-1]["seconds"] if rows else 0.0
         self.last_step = resumed_at
@@ -94,14 +106,17 @@ class MetricsWriter(TrainerCallback):
         self.last_step = state.global_step
         speed = steps * self.tokens_per_step / elapsed
         row = {
-            "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
-            "seconds": round(self.seconds, 4),
+            **self._position(state),
             "loss": logs["loss"],
             "lr": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_s": round(speed, 1),
         }
+        if torch.cuda.is_available():
+            row["memory_bytes"] = torch.cuda.max_memory_allocated()
+            most = peak_flops(torch.cuda.get_device_name())
+            if most is not None:
+                row["mfu"] = round(speed * self.flops_per_token / (most * args.world_size), 4)
         self._append(row, state)
         self.progress.update(state.global_step, logs["loss"], speed)
 
@@ -115,13 +130,16 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         if metrics is None or "eval_loss" not in metrics:
             return
-        row = {
+        self._append({**self._position(state), "val_loss": metrics["eval_loss"]}, state)
+
+    def _position(self, state: TrainerState) -> Row:
+        tokens = state.global_step * self.tokens_per_step
+        return {
             "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
+            "tokens": tokens,
+            "flops": tokens * self.flops_per_token,
             "seconds": round(self.seconds, 4),
-            "val_loss": metrics["eval_loss"],
         }
-        self._append(row, state)
 
     def _append(self, row: Row, state: TrainerState) -> None:
         if state.is_world_process_zero:

@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from deep_delta.accounting import PeakMemory
+from deep_delta.accounting import PeakMemory, flops_per_token
 from deep_delta.data import Manifest, PackedSequences, TokenShards, check_tokenizer, prepare_bundled
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
@@ -93,7 +93,8 @@ def train(recipe: Recipe) -> RunResult:
         )
         progress = ProgressLine(f"{recipe.variant} seed {recipe.seed}", recipe.steps, start)
         per_step = recipe.batch_size * recipe.seq_len
-        writer = MetricsWriter(folder / "metrics.jsonl", per_step, start, progress)
+        cost = flops_per_token(config, recipe.seq_len)
+        writer = MetricsWriter(folder / "metrics.jsonl", per_step, cost, start, progress)
         stopper = StopOnSignal()
         trainer.remove_callback(PrinterCallback)  # the progress line says it
         trainer.add_callback(writer)

@@ -8,7 +8,8 @@ from helpers import TINY, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
 from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM
-from deep_delta.accounting import PeakMemory, flops_per_token
+from deep_delta.accounting import PeakMemory, flops_per_token, forward_flops, peak_flops
+from deep_delta.model.presets import VARIANTS
 
 MIB = 2**20
 
@@ -58,6 +59,41 @@ def test_the_parts_of_a_delta_residual_are_counted():
     theirs = write + compress
     expanded = cost("additive-expanded")
     assert cost("ddl-cc") - expanded == 3 * sublayers * (mine - theirs)
+
+
+COUNTED = {"projections": "self_attn", "mlp": "mlp", "head": "lm_head"}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_components_of_the_backbone_are_what_torch_counts_in_every_variant(variant):
+    cfg, length = config(variant), 16
+    model = DeepDeltaForCausalLM(cfg)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=token_ids(3, length))
+    modules = {name: sum(n.values()) for name, n in counter.get_flop_counts().items()}
+    parts = forward_flops(cfg, length)
+    # Eager attention scores all `length` keys of `length` queries.
+    parts["projections"] += parts["scores"] * length / ((length + 1) / 2)
+    for part, module in COUNTED.items():
+        counted = sum(n for name, n in modules.items() if name.rpartition(".")[2] == module)
+        assert counted / (3 * length) == parts[part], part
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_components_add_up(variant):
+    parts = forward_flops(config(variant), 16)
+    assert 3 * sum(parts.values()) == flops_per_token(config(variant), 16)
+    assert min(parts.values()) >= 0
+    assert bool(parts["expand"]) is bool(config(variant).embedding_conv)
+    assert bool(parts["read"]) is (config(variant).compressor is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4", 312e12), ("X", None)]
+)
+def test_peak_of_a_gpu(name, most):
+    assert peak_flops(name) == most
 
 
 @pytest.mark.parametrize(

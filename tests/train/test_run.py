@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.data import PackedSequences, TokenShards
-from deep_delta.train import load_recipe, read_metrics, read_result, train
+from deep_delta.train import load_recipe, metrics, read_metrics, read_result, train
+from deep_delta.train.metrics import MetricsWriter
+from deep_delta.train.progress import ProgressLine
 from deep_delta.train.trainer import DeltaTrainer
 
 
@@ -42,10 +46,13 @@ def test_metrics_are_complete_and_in_order(micro_data, tmp_path):
     # An evaluation is preceded by a row of the same step, so that it is not timed.
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
     assert [row["step"] for row in evaluated] == [3, 6]
-    keys = {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_s"}
+    keys = {"step", "tokens", "flops", "seconds", "loss", "lr", "grad_norm", "tokens_per_s"}
     assert all(row.keys() == keys for row in rows)
-    assert all(row.keys() == {"step", "tokens", "seconds", "val_loss"} for row in evaluated)
+    assert all(
+        row.keys() == {"step", "tokens", "flops", "seconds", "val_loss"} for row in evaluated
+    )
     assert all(row["tokens"] == row["step"] * 4 * 16 for row in rows + evaluated)
+    assert all(row["flops"] == row["tokens"] * result.flops_per_token for row in rows + evaluated)
     seconds = [row["seconds"] for row in rows]
     assert all(later > earlier > 0 for earlier, later in itertools.pairwise(seconds))
     assert evaluated[-1]["seconds"] == seconds[-1] == result.train_seconds
@@ -53,6 +60,23 @@ def test_metrics_are_complete_and_in_order(micro_data, tmp_path):
     # Without the first interval, which warms up.
     speed = (6 - 2) * 4 * 16 / (seconds[-1] - seconds[0])
     assert result.tokens_per_s == pytest.approx(speed)
+
+
+@pytest.mark.parametrize(("name", "known"), [("NVIDIA H100 80GB HBM3", True), ("Another", False)])
+def test_a_gpus_memory_and_utilisation_are_logged(tmp_path, monkeypatch, name, known):
+    cuda = SimpleNamespace(
+        is_available=lambda: True, max_memory_allocated=lambda: 7, get_device_name=lambda: name
+    )
+    monkeypatch.setattr(metrics, "torch", SimpleNamespace(cuda=cuda))
+    writer = MetricsWriter(tmp_path / "rows", 100, 1e9, 0, ProgressLine("x", 9))
+    writer.started = time.perf_counter()
+    state = SimpleNamespace(global_step=3, is_world_process_zero=True)
+    writer.on_log(SimpleNamespace(world_size=2), state, None, {"loss": 1.0})
+    (row,) = read_metrics(tmp_path / "rows")
+    assert (row["flops"], row["memory_bytes"]) == (300e9, 7)
+    assert ("mfu" in row) is known
+    if known:  # two GPUs share the work
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * 1e9 / 2 / 989e12, rel=1e-3)
 
 
 def test_a_cut_off_last_line_of_metrics_is_left_out(tmp_path):
