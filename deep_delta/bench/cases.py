@@ -189,7 +189,11 @@ def _reduce(x: Tensors, backend: str) -> Tensors:
 
 
 def _expand(x: Tensors, backend: str) -> Tensors:
-    return {"state": ops.expand_embeddings(x["embeddings"], x["kernel"], backend=backend)}
+    embeddings = x["embeddings"]
+    device = embeddings.device.type
+    # What stands for the state's dtype here is autocast's: no input has it.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return {"state": ops.expand_embeddings(embeddings, x["kernel"], dtype=dtype, backend=backend)}
 
 
 # Inputs by name and a backend -> the differentiable outputs by name.

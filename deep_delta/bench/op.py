@@ -155,9 +155,8 @@ def _backward(operation: Operation, inputs: Tensors) -> Callable[[], Sequence[Te
     """A forward pass; the call gives all gradients by random ones of the outputs, repeatedly."""
     outputs = list(operation(inputs).values())
     generator = torch.Generator(outputs[0].device).manual_seed(0)
-    gradients = [
-        torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in outputs
-    ]
+    # They lie in memory as the outputs do, as those of a model's next sublayer would.
+    gradients = [torch.empty_like(x).normal_(generator=generator) for x in outputs]
     leaves = list(inputs.values())
     return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 

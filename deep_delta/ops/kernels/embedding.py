@@ -2,7 +2,7 @@
 
 A program takes one piece of d and walks along neighbouring tokens, forward in time for X and
 backward for the gradient, so that everything is read once; what K − 1 neighbours share stays in
-registers. The gradient asks for the next token's memory before this one's arithmetic.
+registers. The next token's memory is asked for before this one's arithmetic.
 """
 
 import triton
@@ -58,18 +58,21 @@ def expand_forward(
 ):
     features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = features < D
+    lanes: tl.constexpr = max(BLOCK // 32, 1)  # a pointer into every 128 bytes of fp32
+    lines = tl.minimum(tl.program_id(1) * BLOCK + tl.arange(0, lanes) * 32, D - 1)
     first = tl.program_id(0).to(tl.int64) * chunk
+    rows = load_rows(taps, features, mask, K * DV, D)
     window = zero_vectors(K - 1, BLOCK)  # x of the token before, of the one before that, …
     for token in range(tl.maximum(first - (K - 1), 0), tl.minimum(first + chunk, tokens)):
         start = is_start(starts, token, length)
         seen = (tl.load(x + token * D + features, mask, 0.0).to(tl.float32),)
+        touch(x + tl.minimum(token + 1, tokens - 1) * D + lines)
         for s in tl.static_range(K - 1):
             seen = seen + (tl.where(start, 0.0, window[s]),)
         for j in tl.static_range(DV):
             total = tl.zeros_like(seen[0])
             for s in tl.static_range(K):
-                at = ((K - 1 - s) * DV + j) * D + features
-                total += tl.load(taps + at, mask, 0.0).to(tl.float32) * seen[s]
+                total += rows[(K - 1 - s) * DV + j] * seen[s]
             tl.store(out + (token * DV + j) * D + features, total, mask & (token >= first))
         window = ()
         for s in tl.static_range(K - 1):
