@@ -72,8 +72,9 @@ def plan(
         warps = max(warps_for(size, 768 if size < 8192 else 1024), 2 if writes else 1)
         registers = {"maxnreg": 2048 // warps} if warps > 8 else {}
         return max(8 // warps, 1), {"num_warps": warps, "AHEAD": 1, **registers}
-    if channels <= 2 and taps <= 1:  # with more taps a program must walk
-        return 0, {"num_warps": min(2 * warps_for(width, 768), 8), "AHEAD": 0}
+    # With more taps a program must walk; with more to hold it gains by it.
+    if taps <= 1 and (channels == 1 or size <= 2048):
+        return 0, {"num_warps": max(warps_for(width, 1024), 2), "AHEAD": 0}
     # A thread takes two features of a piece or more: single ones of 16 bits are slow to load.
     warps = min(warps_for(size, 1024 if stores else 2048), max(block_size(width) // 64, 1))
     limit = min(128 if taps <= 1 else 168, 2048 // warps)
