@@ -24,6 +24,7 @@ CONTRACT, MODEL = "tests/residual/test_contract.py", "tests/model/test_model.py"
 DECODING, START = "tests/model/test_decoding.py", "tests/model/test_initialisation.py"
 CONFIG, PUBLISHED = "tests/model/test_config.py", "tests/model/test_published.py"
 FUSED, MEMORY = "tests/ops/test_fused.py", "tests/ops/test_fused_memory.py"
+WIDE_TESTS = "tests/ops/test_wide.py"
 BACKENDS, FUSED_MODEL = "tests/ops/test_backends.py", "tests/model/test_fused_model.py"
 
 # Fails the run unless the copy is what Python imports (the package is installed as editable). Only
@@ -50,6 +51,7 @@ REFERENCE, GENERATORS = "ops/reference.py", "residual/generators.py"
 LAYERS, COMPRESS, SHARED = "residual/layers.py", "residual/compress.py", "residual/contract.py"
 BUILD, MODELING = "model/build.py", "model/modeling.py"
 FORWARD, BACKWARD = "ops/kernels/forward.py", "ops/kernels/backward.py"
+GRADIENTS, WIDE = "ops/kernels/gradients.py", "ops/kernels/wide.py"
 TILES, EMBEDDING = "ops/kernels/tiles.py", "ops/kernels/embedding.py"
 DISPATCH, FUSED_LAUNCH, LAUNCH = "ops/dispatch.py", "ops/fused_launch.py", "ops/launch.py"
 
@@ -128,15 +130,23 @@ MUTANTS = [
            "published_option"),
     Mutant("kernel without the erase term", FORWARD, "entry -= strength[0] * readout",
            "entry -= 0.0 * readout", FUSED, "settled_write"),
-    Mutant("kernel drops the gradient through the readout", BACKWARD,
+    Mutant("kernel drops the gradient through the readout", GRADIENTS,
            "kept + (grad[j] + key * d_readout[j],)", "kept + (grad[j],)", FUSED, "settled_write"),
-    Mutant("kernel drops the gradient through the length", BACKWARD,
+    Mutant("kernel drops the gradient through the length", GRADIENTS,
            "d_key -= (scale * key) * (scale * scale * d_scale)", "d_key -= 0.0", FUSED,
            "settled_write"),
     Mutant("kernel's compressor sees another document", FORWARD,
            "tl.where(start, 0.0, carried[s])", "carried[s]", FUSED, "no_other_document"),
     Mutant("pull of the norm has the wrong sign", BACKWARD, "missing = -pull * x_in",
            "missing = pull * x_in", FUSED, "one_token"),
+    Mutant("the same for a wide state", WIDE, "dx_in -= pull * x_in", "dx_in += pull * x_in",
+           WIDE_TESTS, "read_is_the_reference"),
+    Mutant("weights of a wide state miss the pull", WIDE, "dx_in -= tl.load(pulls + token) * x_in",
+           "dx_in -= 0.0 * x_in", WIDE_TESTS, "read_is_the_reference"),
+    Mutant("biases of a wide state get no gradient", WIDE,
+           "store_numbers(own + rows * D, biases, p == 0)",
+           "store_numbers(own + rows * D, zero_numbers(logits), p == 0)", WIDE_TESTS,
+           "read_is_the_reference"),
     Mutant("the same in the first of two passes", BACKWARD, "base - source * pull",
            "base + source * pull", FUSED, "one_token"),
     Mutant("state not rounded between two writes", TILES, ".to(DTYPE).to(tl.float32)", "",

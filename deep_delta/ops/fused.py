@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deep_delta.ops.fused_launch import Read, ReadBackward
-from deep_delta.ops.kernels import backward, forward
+from deep_delta.ops.kernels import backward, forward, wide
 from deep_delta.ops.launch import can_compile_early, compile_early, document_starts, start
 
 Grads = tuple[Tensor | None, ...]
@@ -101,6 +101,14 @@ def read_state_backward(
         value_on_state, starts, length, dx_new, d_context, d_gates, d_values,
     )  # fmt: skip
     out, tokens, after = inputs.outputs(), x.shape[0], []
+    if inputs.is_wide():
+        call, pulls = inputs.wide_launch(out, tokens)
+        start(wide.wide_backward, *call)
+        if not inputs.rows:
+            return out  # type: ignore[return-value]
+        call, partial = inputs.weights_launch(pulls, tokens)
+        start(wide.weights_backward, *call)
+        return (*out[:-1], partial.sum(0))  # type: ignore[return-value]
     if inputs.needs_norm_first():
         dx_in = inputs.empty_dx_in()
         call, partial = inputs.norm_launch(dx_in, tokens)
@@ -117,6 +125,12 @@ def _(*arguments):
     inputs = ReadBackward(*arguments)._replace(length=1)
     out = inputs.outputs()
     if not can_compile_early(inputs.x, inputs.dx_new):
+        return out
+    if inputs.is_wide():
+        call, pulls = inputs.wide_launch(out, 1)
+        compile_early(wide.wide_backward, *call[1:])
+        if inputs.rows:
+            compile_early(wide.weights_backward, *inputs.weights_launch(pulls, 1)[0][1:])
         return out
     if inputs.needs_norm_first():
         dx_in = inputs.empty_dx_in()

@@ -20,6 +20,7 @@ from deep_delta.ops.launch import (
     strides_of,
 )
 
+WIDE = 8192  # numbers of a token's state from which its backward pass is that of `kernels.wide`
 Launch = tuple[tuple[int, ...], tuple, dict[str, Any]]  # programs, arguments, options
 
 
@@ -200,6 +201,80 @@ class ReadBackward(NamedTuple):
             **options,
         }
         return ((partial.shape[0],), arguments, options), partial
+
+    def is_wide(self) -> bool:
+        """Whether a token and the weights' sums do not fit in registers: see `kernels.wide`."""
+        _, width, channels = self.x.shape
+        taps = 0 if self.taps is None else self.taps.shape[0]
+        return taps <= 1 < channels and width * channels >= WIDE
+
+    def wide_launch(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[Launch, Tensor]:
+        """Of `kernels.wide.wide_backward`, and the norm's pulls that it writes."""
+        x, dx_new = compact(self.x), None if self.dx_new is None else compact(self.dx_new)
+        shape = shape_of(x, self.taps, self.gate, self.value)
+        per_processor, options = plan("wide", shape["D"], shape["DV"], shape["K"])
+        chunk = share_of(tokens, x.device, per_processor)
+        pulls = x.new_empty(0 if self.norm is None else tokens, dtype=torch.float32)
+        arguments = (
+            x,
+            *strides_of(x),
+            tuple(self.trail_h),
+            tuple(self.trail_row),
+            self.h,
+            self.row,
+            self.stats,
+            self.target,
+            self.erase,
+            self.taps,
+            self.norm,
+            self.gate,
+            self.value,
+            dx_new,
+            *((0, 0, 0) if dx_new is None else strides_of(dx_new)),
+            self.d_context,
+            self.d_gates,
+            self.d_values,
+            *outputs[:4],
+            pulls,
+            tokens,
+            chunk,
+        )
+        options = {"UNIT": self.unit, "VALUE_ON_STATE": self.value_on_state, **shape, **options}
+        return ((-(-tokens // chunk),), arguments, options), pulls
+
+    def weights_launch(self, pulls: Tensor, tokens: int) -> tuple[Launch, Tensor]:
+        """Of `kernels.wide.weights_backward`, and its programs' sums for the weights."""
+        x = compact(self.x)
+        shape = shape_of(x, self.taps, self.gate, self.value)
+        shape["BLOCK"] = min(shape["BLOCK"], 256)
+        per_processor, options = plan("weights", shape["D"], shape["DV"], shape["K"])
+        chunk = share_of(tokens, x.device, per_processor)
+        logits = 0 if self.norm is None else self.logits
+        partial = partial_sums(-(-tokens // chunk), self.rows, x, logits)
+        programs = (partial.shape[0], -(-shape["D"] // shape["BLOCK"]))
+        arguments = (
+            x,
+            *strides_of(x),
+            tuple(self.trail_h),
+            tuple(self.trail_row),
+            self.h,
+            self.row,
+            self.stats,
+            self.taps,
+            self.norm,
+            self.gate,
+            self.value,
+            self.d_context,
+            self.d_gates,
+            self.d_values,
+            pulls,
+            partial,
+            tokens,
+            chunk,
+        )
+        shape.pop("PIECES")
+        options = {"VALUE_ON_STATE": self.value_on_state, **shape, **options}
+        return (programs, arguments, options), partial
 
     def launch(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[Launch, Tensor]:
         """Of `kernels.backward.backward`, and its programs' sums for the weights."""

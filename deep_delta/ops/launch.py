@@ -55,7 +55,8 @@ def plan(
 ) -> tuple[int, dict]:
     """Programs for each processor, 0 for one a token, and the kernel's and compiler's options.
 
-    kernel: "forward", "backward", or "norm" for the first of two backward passes.
+    kernel: "forward", "backward", "norm" for the first of two backward passes, or "wide" and
+        "weights" for the two of a wide state.
     stores: whether the forward pass stores X'.
     writes: whether a write is pending.
 
@@ -66,6 +67,10 @@ def plan(
     """
     if kernel == "norm":
         return 8, {"num_warps": 2}
+    if kernel == "weights":  # a program for each 256 features: enough of them without many shares
+        return max(8 // -(-width // 256), 1), {"num_warps": 2}
+    if kernel == "wide":
+        return 1, {"num_warps": 8}
     size = width * channels
     if kernel == "backward":
         # Sizes from 8,192 on spill either way, with 16 warps much more.

@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deep_delta.ops import launch
-from deep_delta.ops.kernels import backward, embedding, forward
+from deep_delta.ops.fused_launch import WIDE as WIDE_FROM
+from deep_delta.ops.kernels import backward, embedding, forward, wide
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STATE, WIDE = "*bf16", "*fp32"
@@ -112,8 +113,16 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     types |= {"row_in": WIDE, "stats": WIDE} | ({"d_context": dx_in} if reads else {})
     types |= {"dx_new": STATE, "dx_token": "i32", "dx_channel": "i32"} if store else {}
     sizes["UNIT"] = "direction_eps" in write
+    types, sizes = types | past_types, sizes | past_none
+    if taps <= 1 < channels and width * channels >= WIDE_FROM:
+        types["pulls"] = WIDE
+        yield "wide_backward", wide.wide_backward, types, sizes, plan("wide", width, channels, taps)
+        sizes = sizes | {"BLOCK": min(sizes["BLOCK"], 256)}
+        options = plan("weights", width, channels, taps)
+        yield "weights_backward", wide.weights_backward, types, sizes, options
+        return
     options = plan("backward", width, channels, taps, writes="h" in write)
-    yield "backward", backward.backward, types | past_types, sizes | past_none, options
+    yield "backward", backward.backward, types, sizes, options
 
 
 DELTA = ("h", "target", "erase", "direction_eps")
@@ -125,7 +134,9 @@ KINDS: dict[str, Callable[[], Iterator[tuple]]] = {
     "last": lambda: read(768, 4, 1, 0, DELTA, norm=False, store=False),
     "rewrite": lambda: read(768, 4, 0, 0, DELTA, norm=False, reads=False),
     "trail": lambda: read(768, 4, 1, 1, DELTA, trail=2),
-    "wide": lambda: read(5120, 1, 0, 0, ("h",)),
+    "long": lambda: read(5120, 1, 0, 0, ("h",)),
+    "wide": lambda: read(4096, 4, 1, 1, DELTA),
+    "wider": lambda: read(2048, 8, 1, 1, DELTA),
     "single": lambda: read(1, 1, 0, 0, ("h",)),
     "embedding": lambda: expansion(),
 }

@@ -10,7 +10,10 @@ from helpers import REPO
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
-KERNELS = ("forward", "norm_backward", "backward", "expand_forward", "expand_backward")
+KERNELS = (
+    "forward", "norm_backward", "backward", "wide_backward", "weights_backward", "expand_forward",
+    "expand_backward",
+)  # fmt: skip
 
 
 @pytest.mark.slow

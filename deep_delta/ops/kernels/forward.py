@@ -35,6 +35,31 @@ from deep_delta.ops.kernels.tiles import (
 
 
 @triton.jit
+def fetch_piece(
+    x,
+    x_token,
+    x_channel,
+    x_feature,
+    trail_h,
+    h,
+    token,
+    p,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Piece p of what `fetch_state` gives; the pending direction is a tuple of one or none."""
+    channels = load_state(x, x_token, x_channel, x_feature, token, p, D, DV, BLOCK)
+    past = ()
+    for i in tl.static_range(len(trail_h)):
+        past = past + (load_vector(trail_h[i], token, p, D, BLOCK),)
+    key = ()
+    if h is not None:
+        key = (load_vector(h, token, p, D, BLOCK),)
+    return channels, past, key
+
+
+@triton.jit
 def fetch_state(
     x,
     x_token,
@@ -53,15 +78,12 @@ def fetch_state(
     past_keys = ()
     keys = ()
     for p in tl.static_range(PIECES):
-        channels = channels + (
-            load_state(x, x_token, x_channel, x_feature, token, p, D, DV, BLOCK),
+        loaded, past, key = fetch_piece(
+            x, x_token, x_channel, x_feature, trail_h, h, token, p, D, DV, BLOCK
         )
-        past = ()
-        for i in tl.static_range(len(trail_h)):
-            past = past + (load_vector(trail_h[i], token, p, D, BLOCK),)
+        channels = channels + (loaded,)
         past_keys = past_keys + (past,)
-        if h is not None:
-            keys = keys + (load_vector(h, token, p, D, BLOCK),)
+        keys = keys + key
     return channels, past_keys, keys
 
 
@@ -115,7 +137,7 @@ def compress(
     taps,
     carried,
     start,
-    p: tl.constexpr,
+    p,
     D: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,

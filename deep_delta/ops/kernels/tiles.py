@@ -18,28 +18,28 @@ COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def piece(p: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def piece(p, D: tl.constexpr, BLOCK: tl.constexpr):
     """The features of piece p, and which of them exist."""
     features = p * BLOCK + tl.arange(0, BLOCK)
     return features, features < D
 
 
 @triton.jit
-def load_vector(rows, index, p: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def load_vector(rows, index, p, D: tl.constexpr, BLOCK: tl.constexpr):
     """Piece p of row `index` of a (tokens, D) matrix, in its own dtype."""
     features, mask = piece(p, D, BLOCK)
     return tl.load(rows + index * D + features, mask, 0.0, cache_modifier=STREAM)
 
 
 @triton.jit
-def load_weight(rows, index, p: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def load_weight(rows, index, p, D: tl.constexpr, BLOCK: tl.constexpr):
     """Piece p of row `index` of a (rows, D) parameter, in fp32."""
     features, mask = piece(p, D, BLOCK)
     return tl.load(rows + index * D + features, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
-def store_vector(rows, index, vector, keep, p: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def store_vector(rows, index, vector, keep, p, D: tl.constexpr, BLOCK: tl.constexpr):
     features, mask = piece(p, D, BLOCK)
     tl.store(rows + index * D + features, vector, mask & keep)
 
@@ -58,7 +58,7 @@ def load_state(
     channel_stride,
     feature_stride,
     token,
-    p: tl.constexpr,
+    p,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
