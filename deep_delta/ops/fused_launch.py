@@ -20,7 +20,7 @@ from deep_delta.ops.launch import (
     strides_of,
 )
 
-WIDE = 8192  # numbers of a token's state from which its backward pass is that of `kernels.wide`
+WIDE = 8192  # a token with more numbers of state has the backward pass of `kernels.wide`
 Launch = tuple[tuple[int, ...], tuple, dict[str, Any]]  # programs, arguments, options
 
 
@@ -206,7 +206,7 @@ class ReadBackward(NamedTuple):
         """Whether a token and the weights' sums do not fit in registers: see `kernels.wide`."""
         _, width, channels = self.x.shape
         taps = 0 if self.taps is None else self.taps.shape[0]
-        return taps <= 1 < channels and width * channels >= WIDE
+        return taps <= 1 < channels and width * channels > WIDE
 
     def wide_launch(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[Launch, Tensor]:
         """Of `kernels.wide.wide_backward`, and the norm's pulls that it writes."""

@@ -114,7 +114,7 @@ def read(width, channels, taps, gates, write, norm=True, store=True, reads=True,
     types |= {"dx_new": STATE, "dx_token": "i32", "dx_channel": "i32"} if store else {}
     sizes["UNIT"] = "direction_eps" in write
     types, sizes = types | past_types, sizes | past_none
-    if taps <= 1 < channels and width * channels >= WIDE_FROM:
+    if taps <= 1 < channels and width * channels > WIDE_FROM:
         types["pulls"] = WIDE
         yield "wide_backward", wide.wide_backward, types, sizes, plan("wide", width, channels, taps)
         sizes = sizes | {"BLOCK": min(sizes["BLOCK"], 256)}
