@@ -43,12 +43,16 @@ def text_bytes(ids: np.ndarray, tokenizer: TextTokenizer) -> int:
 
 def import_tokens(files: dict[str, Path], out: Path, tokenizer: TextTokenizer) -> Manifest:
     """Shards of the files, by split, a copy of the tokenizer and the manifest, in folder `out`."""
+    given = {split: read_ids(path) for split, path in files.items()}
+    for split, ids in given.items():
+        if not len(ids) or int(ids.max()) >= tokenizer.vocab_size:
+            raise UserError(
+                f"{files[split]} has no ids, or some that {tokenizer.name} does not know"
+            )
     out.mkdir(parents=True)
     splits = {}
-    for split, path in files.items():
-        ids = read_ids(path)
-        if not len(ids) or int(ids.max()) >= tokenizer.vocab_size:
-            raise UserError(f"{path} has no ids, or some that {tokenizer.name} does not know")
+    for split, ids in given.items():
+        # The writer counts what it is given as one document.
         state = WriterState(documents=int((ids == tokenizer.eot_id).sum()) - 1)
         writer = ShardWriter(out, split, tokenizer.dtype, SHARD_TOKENS, state)
         writer.add([ids], text_bytes(ids, tokenizer))

@@ -192,6 +192,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         seed=recipe.seed,
         data_seed=recipe.seed,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},  # else a batch waits for all work before it
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
