@@ -12,7 +12,7 @@ class ProgressLine:
 
     def __init__(self, label: str, steps: int, start: int = 0):
         self.label, self.steps, self.start = label, steps, start
-        self.began = time.monotonic()
+        self.began, self.counts_start_up = time.monotonic(), True
         self.live = sys.stderr.isatty()
         self.tenths = 0
         self._width = 0
@@ -20,6 +20,8 @@ class ProgressLine:
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
         done, elapsed = step - self.start, time.monotonic() - self.began
         left = elapsed / done * (self.steps - step) if done else 0.0
+        if self.counts_start_up and done:  # compiling is not what the steps to come will cost
+            self.start, self.began, self.counts_start_up = step, time.monotonic(), False
         text = (
             f"{self.label}  step {step:,}/{self.steps:,}  loss {loss:.4f}  "
             f"{tokens_per_s:,.0f} tokens/s  ETA {_clock(left)}"
