@@ -202,6 +202,20 @@ class ReadBackward(NamedTuple):
         }
         return ((partial.shape[0],), arguments, options), partial
 
+    def given_state(self, x: Tensor) -> tuple:
+        """What the kernels take first: X (compact), the writes since, and what forward kept."""
+        trail = tuple(self.trail_h), tuple(self.trail_row)
+        return (x, *strides_of(x), *trail, self.h, self.row, self.stats)
+
+    def weights(self) -> tuple[Tensor | None, ...]:
+        return (self.taps, self.norm, self.gate, self.value)
+
+    def gradients(self, outputs: tuple[Tensor, ...]) -> tuple:
+        """Those that come in, and where those of X, h, a and b go."""
+        dx_new = None if self.dx_new is None else compact(self.dx_new)
+        strides = (0, 0, 0) if dx_new is None else strides_of(dx_new)
+        return (dx_new, *strides, self.d_context, self.d_gates, self.d_values, *outputs[:4])
+
     def is_wide(self) -> bool:
         """Whether a token and the weights' sums do not fit in registers: see `kernels.wide`."""
         _, width, channels = self.x.shape
@@ -210,31 +224,17 @@ class ReadBackward(NamedTuple):
 
     def wide_launch(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[Launch, Tensor]:
         """Of `kernels.wide.wide_backward`, and the norm's pulls that it writes."""
-        x, dx_new = compact(self.x), None if self.dx_new is None else compact(self.dx_new)
+        x = compact(self.x)
         shape = shape_of(x, self.taps, self.gate, self.value)
         per_processor, options = plan("wide", shape["D"], shape["DV"], shape["K"])
         chunk = share_of(tokens, x.device, per_processor)
         pulls = x.new_empty(0 if self.norm is None else tokens, dtype=torch.float32)
         arguments = (
-            x,
-            *strides_of(x),
-            tuple(self.trail_h),
-            tuple(self.trail_row),
-            self.h,
-            self.row,
-            self.stats,
+            *self.given_state(x),
             self.target,
             self.erase,
-            self.taps,
-            self.norm,
-            self.gate,
-            self.value,
-            dx_new,
-            *((0, 0, 0) if dx_new is None else strides_of(dx_new)),
-            self.d_context,
-            self.d_gates,
-            self.d_values,
-            *outputs[:4],
+            *self.weights(),
+            *self.gradients(outputs),
             pulls,
             tokens,
             chunk,
@@ -253,17 +253,8 @@ class ReadBackward(NamedTuple):
         partial = partial_sums(-(-tokens // chunk), self.rows, x, logits)
         programs = (partial.shape[0], -(-shape["D"] // shape["BLOCK"]))
         arguments = (
-            x,
-            *strides_of(x),
-            tuple(self.trail_h),
-            tuple(self.trail_row),
-            self.h,
-            self.row,
-            self.stats,
-            self.taps,
-            self.norm,
-            self.gate,
-            self.value,
+            *self.given_state(x),
+            *self.weights(),
             self.d_context,
             self.d_gates,
             self.d_values,
@@ -278,7 +269,7 @@ class ReadBackward(NamedTuple):
 
     def launch(self, outputs: tuple[Tensor, ...], tokens: int) -> tuple[Launch, Tensor]:
         """Of `kernels.backward.backward`, and its programs' sums for the weights."""
-        x, dx_new = compact(self.x), None if self.dx_new is None else compact(self.dx_new)
+        x = compact(self.x)
         shape = shape_of(x, self.taps, self.gate, self.value)
         logits = 0 if self.norm is None else self.logits
         per_processor, options = plan(
@@ -287,26 +278,12 @@ class ReadBackward(NamedTuple):
         chunk = share_of(tokens, x.device, per_processor)
         partial = partial_sums(-(-tokens // chunk), self.rows, x, logits)
         arguments = (
-            x,
-            *strides_of(x),
-            tuple(self.trail_h),
-            tuple(self.trail_row),
-            self.h,
-            self.row,
-            self.stats,
+            *self.given_state(x),
             self.target,
             self.erase,
             self.starts,
-            self.taps,
-            self.norm,
-            self.gate,
-            self.value,
-            dx_new,
-            *((0, 0, 0) if dx_new is None else strides_of(dx_new)),
-            self.d_context,
-            self.d_gates,
-            self.d_values,
-            *outputs[:4],
+            *self.weights(),
+            *self.gradients(outputs),
             partial,
             tokens,
             self.length,
