@@ -33,13 +33,23 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def matrix_std(config: DeepDeltaConfig) -> float:
-    """The standard deviation that hidden matrices start with."""
+    """The standard deviation that hidden matrices, width to width, start with."""
     return config.hidden_init_std_factor / math.sqrt(config.hidden_size)
+
+
+def rows_std(config: DeepDeltaConfig) -> float:
+    """That of rows that make a few numbers of a whole width: 1/√m of a matrix's under µP."""
+    return matrix_std(config) / math.sqrt(config.width_ratio)
+
+
+def kernel_std(config: DeepDeltaConfig) -> float:
+    """That of weights that sum over no width: what a matrix has at the base width under µP."""
+    return matrix_std(config) * math.sqrt(config.width_ratio)
 
 
 def build_compressor(config: DeepDeltaConfig) -> Compressor:
     width, channels = config.hidden_size, config.value_channels
-    std = matrix_std(config) if config.residual_init == "published" else None
+    std = kernel_std(config) if config.residual_init == "published" else None
     if config.compressor == "token":
         return TokenCompressor(width, channels, config.compressor_kernel_size or 4, std)
     if config.compressor == "channel":
@@ -53,7 +63,9 @@ def build_gate(config: DeepDeltaConfig) -> nn.Module:
         return FixedGate(start)
     if config.gate == "layer":
         return LayerGate(start)
-    return TokenGate(config.hidden_size, start, config.gate_hidden_size, matrix_std(config))
+    return TokenGate(
+        config.hidden_size, start, config.gate_hidden_size, rows_std(config), kernel_std(config)
+    )
 
 
 def build_value(config: DeepDeltaConfig) -> nn.Module:
@@ -61,7 +73,7 @@ def build_value(config: DeepDeltaConfig) -> nn.Module:
         return ConstantValue(config.value_channels, float(config.value_constant))
     scale = float(config.value_scale) if config.value_activation == "sigmoid" else None
     return LinearValue(
-        config.hidden_size, config.value_channels, config.value_bias, scale, matrix_std(config)
+        config.hidden_size, config.value_channels, config.value_bias, scale, rows_std(config)
     )
 
 
@@ -96,18 +108,22 @@ def build_residual(
     if config.residual == "additive":
         return AdditiveResidual(width, channels, **read)
     from_mlp = config.direction_source == "mlp"
+    inner_std = 1 / math.sqrt(width * config.width_ratio)
     return DeltaResidual(
         width,
         channels,
         gate=build_gate(config),
         value=build_value(config),
         direction=(
-            StateDirection(width, config.direction_hidden_size) if from_mlp else SublayerDirection()
+            StateDirection(width, config.direction_hidden_size, inner_std)
+            if from_mlp
+            else SublayerDirection()
         ),
         value_source="output" if from_mlp else config.value_source,
         erase=config.erase,
         erase_gate=build_gate(config) if config.separate_gates else None,
         direction_eps=config.direction_eps,
+        target_scale=math.sqrt(config.width_ratio),
         **read,
     )
 

@@ -53,6 +53,9 @@ class DeepDeltaConfig(PreTrainedConfig):
         hidden_init_std_factor: matrices start as N(0, factor/√d), the two projections that write
             into the residual stream smaller by √layers; embeddings as N(0, initializer_range).
         logit_multiplier: factor on the logits.
+        mup_base_width: the width at which the learning rate was found. Initialisation, target,
+            logits and learning rates then scale with hidden_size / mup_base_width so that it holds
+            at other widths (µP, `docs/mup.md`); at that width itself, or with None, nothing does.
         state_dtype: dtype of X, e.g. "bfloat16"; None for the embeddings' dtype.
         backend: "auto", "reference" or "triton": which implementation of the delta rule runs.
         rebuild: how many states between two stored ones are rebuilt where they are needed
@@ -113,6 +116,7 @@ class DeepDeltaConfig(PreTrainedConfig):
     residual_init: Literal["neutral", "published"] = "neutral"
     hidden_init_std_factor: float | int = 0.5
     logit_multiplier: float | int = 1.0
+    mup_base_width: int | None = None
     state_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     backend: str = "auto"
     rebuild: int | Literal["speed", "memory"] = "speed"
@@ -143,6 +147,16 @@ class DeepDeltaConfig(PreTrainedConfig):
     def number_of_conv_states(self) -> int:
         """Histories a "hybrid" layer may keep: two token reads, the embedding, the readout."""
         return 4 if self.compressor == "token" else 1
+
+    @property
+    def width_ratio(self) -> float:
+        """m = hidden_size / mup_base_width, by which µP scales everything; 1 without it."""
+        return self.hidden_size / (self.mup_base_width or self.hidden_size)
+
+    @property
+    def logit_factor(self) -> float:
+        """What the logits are multiplied by: `logit_multiplier`, and 1/m under µP."""
+        return self.logit_multiplier / self.width_ratio
 
     @property
     def states_rebuilt(self) -> int:
@@ -217,7 +231,7 @@ def _generation_keys() -> set[str]:
 _AT_LEAST_ONE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "compressor_kernel_size",
-    "embedding_kernel_size", "direction_hidden_size",
+    "embedding_kernel_size", "direction_hidden_size", "mup_base_width",
 )  # fmt: skip
 
 
@@ -255,7 +269,10 @@ def _check_state(config: DeepDeltaConfig) -> None:
         )
     if not 0 <= config.attention_dropout < 1:
         raise ValueError(f"attention_dropout is {config.attention_dropout}; it must lie in 0 to 1")
-
+    if config.mup_base_width is not None and not config.tie_word_embeddings:
+        raise ValueError(
+            "mup_base_width needs tie_word_embeddings=True: an untied head starts wrong"
+        )
     if config.states_rebuilt < 0:
         raise ValueError(f"rebuild is {config.rebuild}; it must be 0 or more")
     resolve_backend(config.backend)

@@ -298,7 +298,7 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
                 outputs.last_hidden_state,
                 self.lm_head.weight,
                 labels,
-                multiplier=self.config.logit_multiplier,
+                multiplier=self.config.logit_factor,
                 **{name: kwargs[name] for name in given if name in kwargs},
             )
         else:
@@ -306,8 +306,8 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
             logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-            if self.config.logit_multiplier != 1:
-                logits = logits * self.config.logit_multiplier
+            if self.config.logit_factor != 1:
+                logits = logits * self.config.logit_factor
             if has_labels:
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs

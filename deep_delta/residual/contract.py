@@ -93,8 +93,12 @@ class ResidualModule(nn.Module):
 
     The model's initialisation pass calls `reset_parameters` and hands over a generator, so that
     the backbone's random numbers do not depend on which residual is used.
+
+    `reads_width` names its matrices (m, d), whose products sum over the whole width: what µP lets
+    learn more slowly in a wider model.
     """
 
+    reads_width: tuple[str, ...] = ()
     init_seed: int  # of that generator, set by the model
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

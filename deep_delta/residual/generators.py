@@ -50,14 +50,22 @@ def logit_rows(generators: Sequence[nn.Module]) -> Rows:
 class TokenGate(ResidualModule):
     """β = 2σ(W c + b), or 2σ(W₂ tanh(W₁ c) + b) with `hidden_size` (§A.2).
 
-    context c (B, T, d) -> β (B, T) in (0, 2), fp32. The bias starts at logit(β₀/2).
+    context c (B, T, d) -> β (B, T) in (0, 2), fp32. The bias starts at logit(β₀/2), the matrix
+    that reads the context as N(0, std), W₂ behind a W₁ as N(0, outer_std), std too by default.
     """
 
     def __init__(
-        self, width: int, start: float = 1.0, hidden_size: int | None = None, std: float = 0.02
+        self,
+        width: int,
+        start: float = 1.0,
+        hidden_size: int | None = None,
+        std: float = 0.02,
+        outer_std: float | None = None,
     ):
         super().__init__()
         self.start, self.std = start, std
+        self.outer_std = std if outer_std is None else outer_std
+        self.reads_width = ("hidden",) if hidden_size else ("weight",)
         self.hidden = nn.Parameter(torch.empty(hidden_size, width)) if hidden_size else None
         self.weight = nn.Parameter(torch.empty(1, hidden_size or width))
         self.bias = nn.Parameter(torch.empty(1))
@@ -66,7 +74,8 @@ class TokenGate(ResidualModule):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.hidden is not None:
             start_(self.hidden, normal(self.hidden.shape, self.std, generator))
-        start_(self.weight, normal(self.weight.shape, self.std, generator))
+        std = self.std if self.hidden is None else self.outer_std
+        start_(self.weight, normal(self.weight.shape, std, generator))
         start_(self.bias, torch.tensor(gate_bias(self.start), device="cpu"))
 
     @property
@@ -125,6 +134,8 @@ class LinearValue(ResidualModule):
 
     x (B, T, d) -> v (B, T, d_v), at least fp32.
     """
+
+    reads_width = ("weight",)
 
     def __init__(
         self,
@@ -195,18 +206,22 @@ class SublayerDirection(nn.Module):
 class StateDirection(ResidualModule):
     """k̃ = W₂ tanh(W₁ x̄) with x̄ the mean of X over its channels (§A.1, the first version's).
 
-    X (B, T, d, d_v), h unused -> (B, T, d), at least fp32.
+    X (B, T, d, d_v), h unused -> (B, T, d), at least fp32. W₁ starts as N(0, std), std by default
+    1/√d.
     """
 
-    def __init__(self, width: int, hidden_size: int = 128):
+    reads_width = ("inner",)
+
+    def __init__(self, width: int, hidden_size: int = 128, std: float | None = None):
         super().__init__()
+        self.std = 1 / math.sqrt(width) if std is None else std
         self.inner = nn.Parameter(torch.empty(hidden_size, width))
         self.outer = nn.Parameter(torch.empty(width, hidden_size))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         # The usual fan-in scale: the direction's length is divided out, its angle is not.
-        start_(self.inner, normal(self.inner.shape, 1 / math.sqrt(self.inner.shape[1]), generator))
+        start_(self.inner, normal(self.inner.shape, self.std, generator))
         start_(self.outer, normal(self.outer.shape, 1 / math.sqrt(self.outer.shape[1]), generator))
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:

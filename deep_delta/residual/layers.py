@@ -179,6 +179,8 @@ class DeltaResidual(Residual):
         erase: False is the write-only control X + β k vᵀ.
         erase_gate: a second gate for the erase term, X + k (β vᵀ − β_e kᵀX); None shares β.
         direction_eps: ε in k = k̃/√(‖k̃‖² + ε²).
+        target_scale: factor on the target. A unit direction has entries of Θ(1/√d), so that a
+            write keeps its size per feature where this grows like √d.
     """
 
     def __init__(
@@ -193,6 +195,7 @@ class DeltaResidual(Residual):
         erase: bool = True,
         erase_gate: nn.Module | None = None,
         direction_eps: float = 1e-5,
+        target_scale: float = 1.0,
         **read,
     ):
         super().__init__(width, value_channels, **read)
@@ -201,6 +204,7 @@ class DeltaResidual(Residual):
         self.direction = direction or SublayerDirection()
         self.erase_gate = erase_gate
         self.value_source, self.erase, self.direction_eps = value_source, erase, direction_eps
+        self.target_scale = target_scale
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Nothing of its own: gate, value, direction and compressor know their starts."""
@@ -231,6 +235,8 @@ class DeltaResidual(Residual):
             value = self.value.from_logits(read.value_logits)
         else:
             value = self.value(self._value_source(read, seen, output, window))
+        if self.target_scale != 1:
+            value = self.target_scale * value
         return State(
             read.state.mT,
             self.direction(read.state if reads_state else None, output),

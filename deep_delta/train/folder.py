@@ -4,9 +4,10 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from deep_delta.accounting import flops_per_token
 from deep_delta.data import Manifest, TokenShards
@@ -14,6 +15,7 @@ from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.train.checkpoint import STAGE, UNREAD, checkpoints, fault, newest_whole, step_of
+from deep_delta.train.groups import width_scaled_names
 from deep_delta.train.metrics import read_metrics
 from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
 from deep_delta.train.trainer import DeltaTrainer, NotFinite
@@ -142,13 +144,22 @@ def check_disk(folder: Path, model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def save_weight_decay(trainer: DeltaTrainer, model: nn.Module, path: Path) -> None:
-    """List the tensors with and without weight decay, with their shapes."""
+def save_weight_decay(trainer: DeltaTrainer, model: PreTrainedModel, path: Path) -> None:
+    """List the tensors with and without weight decay, with their shapes.
+
+    Under µP also those that learn more slowly than the others ("width_scaled"), and their factors
+    on learning rate and weight decay.
+    """
     decayed = set(trainer.get_decay_parameter_names(model))
-    listing: dict[str, dict[str, list[int]]] = {"decayed": {}, "not_decayed": {}}
+    listing: dict[str, dict[str, Any]] = {"decayed": {}, "not_decayed": {}}
     for name, parameter in model.named_parameters():
         kind = "decayed" if name in decayed else "not_decayed"
         listing[kind][name] = list(parameter.shape)
+    scaled = width_scaled_names(model)
+    if scaled:
+        ratio = model.config.width_ratio
+        factors = {"learning_rate": 1 / ratio, "weight_decay": ratio}
+        listing["width_scaled"] = {**factors, "tensors": scaled}
     path.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 

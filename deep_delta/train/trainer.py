@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from deep_delta.data.shards import IGNORED_LABEL, PackedSequences
 from deep_delta.errors import UserError
-from deep_delta.residual import ResidualModule
 from deep_delta.train.checkpoint import PREFIX_CHECKPOINT_DIR, STAGE, publish
+from deep_delta.train.groups import decayed_names, parameter_groups
 from deep_delta.train.recipe import Recipe
 
 SEQUENCE = "sequence"  # which one of the data an item is: not for the model
@@ -43,9 +43,9 @@ class NotFinite(Exception):
 
 
 class DeltaTrainer(Trainer):
-    """Trainer with the paper's weight decay, an exact validation loss and whole checkpoints.
+    """Trainer with our parameter groups, an exact validation loss and whole checkpoints.
 
-    Weight decay is on every tensor of two or more dimensions. Training stops with `NotFinite` at
+    `parameter_groups` says what decays and how fast it learns. Training stops with `NotFinite` at
     the first log that meets a loss or gradient norm that is no number, and nothing is saved then.
     """
 
@@ -112,21 +112,16 @@ class DeltaTrainer(Trainer):
             shutil.rmtree(stage, ignore_errors=True)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        residual = (
-            set()
-            if self.decay_residual
-            else {
-                id(parameter)
-                for module in model.modules()
-                if isinstance(module, ResidualModule)
-                for parameter in module.parameters()
-            }
-        )
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and id(parameter) not in residual
-        ]
+        return decayed_names(model, self.decay_residual)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            groups = parameter_groups(model, rate, decay, self.decay_residual)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
 
 
 class StopOnSignal(TrainerCallback):
