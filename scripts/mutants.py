@@ -25,6 +25,7 @@ DECODING, START = "tests/model/test_decoding.py", "tests/model/test_initialisati
 CONFIG, PUBLISHED = "tests/model/test_config.py", "tests/model/test_published.py"
 FUSED, MEMORY = "tests/ops/test_fused.py", "tests/ops/test_fused_memory.py"
 WIDE_TESTS = "tests/ops/test_wide.py"
+SCALING = "tests/model/test_width_scaling.py"
 BACKENDS, FUSED_MODEL = "tests/ops/test_backends.py", "tests/model/test_fused_model.py"
 
 # Fails the run unless the copy is what Python imports (the package is installed as editable). Only
@@ -50,6 +51,7 @@ class Mutant(NamedTuple):
 REFERENCE, GENERATORS = "ops/reference.py", "residual/generators.py"
 LAYERS, COMPRESS, SHARED = "residual/layers.py", "residual/compress.py", "residual/contract.py"
 BUILD, MODELING = "model/build.py", "model/modeling.py"
+CONFIGURATION, GROUPS = "model/configuration.py", "train/groups.py"
 FORWARD, BACKWARD = "ops/kernels/forward.py", "ops/kernels/backward.py"
 GRADIENTS, WIDE = "ops/kernels/gradients.py", "ops/kernels/wide.py"
 TILES, EMBEDDING = "ops/kernels/tiles.py", "ops/kernels/embedding.py"
@@ -183,6 +185,21 @@ MUTANTS = [
            "window[s]", FUSED, "embedding_convolution"),
     Mutant("triton by name falls back silently", DISPATCH, 'if reason and backend == "triton":',
            "if False:", BACKENDS),
+    Mutant("target does not grow with the width", BUILD,
+           "target_scale=math.sqrt(config.width_ratio)", "target_scale=1.0", SCALING, "target"),
+    Mutant("gate and target start like matrices", BUILD,
+           "return matrix_std(config) / math.sqrt(config.width_ratio)", "return matrix_std(config)",
+           SCALING, "starts"),
+    Mutant("compressors shrink with the width", BUILD,
+           "return matrix_std(config) * math.sqrt(config.width_ratio)", "return matrix_std(config)",
+           SCALING, "starts"),
+    Mutant("logits do not shrink with the width", CONFIGURATION,
+           "return self.logit_multiplier / self.width_ratio", "return self.logit_multiplier",
+           SCALING, "logits"),
+    Mutant("gate and target learn at the full rate", GROUPS, "for name in module.reads_width}",
+           "for name in ()}", SCALING, "more_slowly"),
+    Mutant("embeddings learn more slowly", GROUPS, " and parameter is not embeddings", "", SCALING,
+           "more_slowly"),
 ]  # fmt: skip
 
 
