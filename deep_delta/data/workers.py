@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
@@ -71,28 +72,21 @@ def _started(
     tokenizer: TextTokenizer, val_fraction: float, processes: int
 ) -> Iterator[dict[Connection, BaseProcess]]:
     """Processes by the connections to them; ended when the context is left."""
-    # Not a plain fork: the threads of tokenizers, pyarrow and the hub client don't survive one.
-    context: Any
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        _start_server()
-    else:
-        context = multiprocessing.get_context("spawn")
     workers: dict[Connection, BaseProcess] = {}
     try:
-        for _ in range(processes):
-            here, there = context.Pipe()
-            with there:  # when only the process holds its end, its end is noticed here
-                process = context.Process(
-                    target=_work, args=(there, tokenizer, val_fraction), daemon=True
-                )
-                try:
-                    process.start()
-                except OSError as error:
-                    raise UserError(
-                        f"can't start {processes} processes: {error.strerror}"
-                    ) from error
-            workers[here] = process
+        try:
+            with _ctrl_c_later():
+                context = _context()
+                for _ in range(processes):
+                    here, there = context.Pipe()
+                    with there:  # when only the process holds its end, its end is noticed here
+                        arguments = (there, tokenizer, val_fraction)
+                        process = context.Process(target=_work, args=arguments, daemon=True)
+                        process.start()
+                    workers[here] = process
+        except OSError as error:  # too many of them, or out of memory
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"can't start {processes} processes: {reason}") from error
         yield workers
     finally:
         for connection, process in workers.items():
@@ -101,14 +95,28 @@ def _started(
             connection.close()
 
 
-def _start_server() -> None:
-    """Start the process that all others are forked from, deaf to Ctrl-C like them."""
+def _context() -> Any:
+    """How processes start: not by a plain fork, which threads of the libraries don't survive."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
     # Imported once, there, instead of for seconds in every process.
     multiprocessing.set_forkserver_preload([__name__])
+    return multiprocessing.get_context("forkserver")
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Keeps Ctrl-C from what starts processes, and for good from the processes themselves.
+
+    It would leave one half started, which then says so in many lines.
+    """
+    if sys.platform == "win32":
+        yield
+        return
     resource_tracker.ensure_running()  # started later it would undo the next line
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        forkserver.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

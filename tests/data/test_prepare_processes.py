@@ -1,9 +1,11 @@
 """`prepare` in several processes, and from parquet files like FineWeb-Edu's: the same bytes."""
 
+import errno
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -218,3 +220,34 @@ def test_a_process_that_ends_is_one_line_and_the_run_goes_on_later(
     monkeypatch.setattr(ShardWriter, "add", add)
     prepare(fineweb, tmp_path / "out", **SETTINGS, processes=2)
     assert shard_bytes(tmp_path / "out") == whole
+
+
+def test_too_many_processes_are_one_line(fineweb, tmp_path, monkeypatch):
+    def refuse(_):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    message = user_error(lambda: prepare(fineweb, tmp_path / "out", processes=2))
+    assert message == "can't start 2 processes: Resource temporarily unavailable"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C as a signal to a process group")
+@pytest.mark.parametrize("when", ["starting", "working"])
+def test_ctrl_c_is_one_line(when, fineweb, tmp_path):
+    """Also while processes are being started; the terminal sends the signal to all of them."""
+    words = ["prepare", *fineweb * 40, "--out", str(tmp_path / "out"), "--processes", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deep_delta_cli", *words],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    awaited = "progress.json" if when == "starting" else "train-00000.bin"
+    while not (tmp_path / "out" / awaited).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    line = "ddl: interrupted; the same command goes on where it stopped"
+    assert process.communicate(timeout=60)[1].splitlines() == [line]
+    assert process.returncode == 130
