@@ -73,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare = jobs.add_parser(
         "prepare",
         help="turn text into token shards",
-        description="Turn .txt, .jsonl(.gz/.zst/.xz) and .parquet files, folders of them, or the "
-        "name of a data set into token shards. An interrupted run goes on where it stopped.",
+        description="Turn .txt, .jsonl(.gz/.zst/.xz) and .parquet files, folders of them, or a "
+        "data set (NAME or NAME:CONFIGURATION) into token shards. An interrupted run goes on where "
+        "it stopped.",
         allow_abbrev=False,
     )
     prepare.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or a data set")
@@ -83,7 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--val-fraction", type=_fraction, default=0.01, help="documents kept for validation (0.01)"
     )
-    prepare.set_defaults(run=_prepare, known=("out", "tokenizer", "val-fraction"))
+    prepare.add_argument(
+        "--max-tokens", type=_count, metavar="N", help="stop at N tokens for training; default: all"
+    )
+    prepare.add_argument(
+        "--processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="processes that tokenize, one thread each (1: this one, with threads)",
+    )
+    known = ("out", "tokenizer", "val-fraction", "max-tokens", "processes")
+    prepare.set_defaults(run=_prepare, known=known)
 
     train = jobs.add_parser(
         "train",
@@ -158,7 +170,12 @@ def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
     from deep_delta.data import prepare
 
     prepare(
-        options.inputs, options.out, tokenizer=options.tokenizer, val_fraction=options.val_fraction
+        options.inputs,
+        options.out,
+        tokenizer=options.tokenizer,
+        val_fraction=options.val_fraction,
+        max_tokens=options.max_tokens,
+        processes=options.processes,
     )
     return 0
 

@@ -52,10 +52,8 @@ def import_tokens(files: dict[str, Path], out: Path, tokenizer: TextTokenizer) -
     out.mkdir(parents=True)
     splits = {}
     for split, ids in given.items():
-        # The writer counts what it is given as one document.
-        state = WriterState(documents=int((ids == tokenizer.eot_id).sum()) - 1)
-        writer = ShardWriter(out, split, tokenizer.dtype, SHARD_TOKENS, state)
-        writer.add([ids], text_bytes(ids, tokenizer))
+        writer = ShardWriter(out, split, tokenizer.dtype, SHARD_TOKENS, WriterState())
+        writer.add(ids, int((ids == tokenizer.eot_id).sum()), text_bytes(ids, tokenizer))
         splits[split] = writer.finish()
     tokenizer.save(out)
     manifest = Manifest(

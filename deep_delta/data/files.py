@@ -6,11 +6,33 @@ import os
 from pathlib import Path
 from typing import Any
 
+from deep_delta.errors import UserError
+
+FINGERPRINT_BYTES = 64 * 1024
+
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fingerprint(path: Path | str) -> str:
+    """Hex SHA-256 of size, head and tail: a whole hash would read terabytes before any work.
+
+    Errors: UserError for an unreadable file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            file.seek(0)
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read())
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -6,42 +6,36 @@ import io
 import itertools
 import json
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from deep_delta.data import parquet
+from deep_delta.data.files import file_fingerprint
+from deep_delta.data.hub import data_files, rows
+from deep_delta.data.parquet import RowGroup
+from deep_delta.data.texts import checked_text, missing_extra, one_line
 from deep_delta.errors import UserError
-
-FINGERPRINT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input: a file, or a data set by name.
+    """One input: a file, or a data set that is read row by row.
 
-    name: what people see; for a file found in a folder, its path from that folder.
+    name: what people see; for a file found in a folder or data set, its path from there.
     fingerprint: equal for equal inputs, wherever they lie; recorded to notice a changed input.
-    path: the file, or None for a data set.
+    pieces: from a document's number (from 0) to the texts from there on, whitespace-only ones
+        included, or row groups that hold them. Errors: UserError for an unreadable file or record
+        (naming file and line), or a missing extra.
     """
 
     name: str
     fingerprint: str
-    path: Path | None
-
-    def documents(self, start: int = 0) -> Iterator[str]:
-        """Texts in order, from document `start` on, whitespace-only ones included.
-
-        Errors: UserError for an unreadable file or record (naming file and line), a data set that
-        can't be had, or a missing extra.
-        """
-        if self.path is None:
-            return _dataset_documents(self.name, start)
-        read = READERS[_kind(self.path)]
-        return itertools.islice(_with_read_errors(self.path, read), start, None)
+    pieces: Callable[[int], Iterator[str | RowGroup]]
 
 
 def find_sources(inputs: list[str]) -> list[Source]:
@@ -70,35 +64,48 @@ def _sources_of(name: str) -> list[Source]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
         if not files:
-            raise UserError(f"no readable file in {path}: it needs one of {', '.join(READERS)}")
+            raise UserError(f"no readable file in {path}: it needs one of {', '.join(KINDS)}")
         return [_file_source(file, file.relative_to(path).as_posix()) for file in files]
     if path.is_file():
         if not _kind(path):
-            raise UserError(f"can't read {path}: it must be one of {', '.join(READERS)}")
+            raise UserError(f"can't read {path}: it must be one of {', '.join(KINDS)}")
         return [_file_source(path, path.name)]
     if looks_like_path(name):
         raise UserError(f"no such file or folder: {name}")
-    return [Source(name, fingerprint=f"dataset:{name}", path=None)]
+    return _data_set_sources(name)
+
+
+def _data_set_sources(name: str) -> list[Source]:
+    """The parquet files of a data set, or the data set as one source when it has others."""
+    files = data_files(name)
+    if all(file.location.endswith(".parquet") for file in files):
+        return [
+            Source(
+                f"{name}/{file.name}",
+                file.fingerprint,
+                partial(parquet.pieces, file.location, file.fingerprint),
+            )
+            for file in files
+        ]
+    fingerprints = " ".join(file.fingerprint for file in files)
+    return [Source(name, hashlib.sha256(fingerprints.encode()).hexdigest(), partial(rows, name))]
 
 
 def _kind(path: Path) -> str:
-    """The key in READERS that the file name ends with, or "" when there is none."""
-    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), "")
+    """Which of KINDS the file name ends with, or "" when there is none."""
+    return next((suffix for suffix in KINDS if path.name.lower().endswith(suffix)), "")
 
 
 def _file_source(path: Path, name: str) -> Source:
-    """Fingerprint by size, head and tail: a whole hash would read terabytes before any work."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest = hashlib.sha256(str(size).encode())
-            file.seek(0)
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(file.read())
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from error
-    return Source(name, digest.hexdigest(), path)
+    fingerprint = file_fingerprint(path)
+    kind = _kind(path)
+    if kind == PARQUET:
+        return Source(name, fingerprint, partial(parquet.pieces, str(path), fingerprint))
+    return Source(name, fingerprint, partial(_texts, path, READERS[kind]))
+
+
+def _texts(path: Path, read: Callable[[Path], Iterator[str]], start: int) -> Iterator[str]:
+    return itertools.islice(_with_read_errors(path, read), start, None)
 
 
 def _with_read_errors(path: Path, read: Callable[[Path], Iterator[str]]) -> Iterator[str]:
@@ -129,15 +136,7 @@ def _text_of(line: bytes, where: str) -> str:
         record = json.loads(line)
     except ValueError as error:  # also bytes that are not UTF-8
         raise UserError(f"{where}: not a JSON object") from error
-    return _checked_text(record.get("text") if isinstance(record, dict) else None, where)
-
-
-def _checked_text(text: object, where: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f'{where}: the record has no "text" string')
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: the text is not valid Unicode (a lone surrogate)")
-    return text
+    return checked_text(record.get("text") if isinstance(record, dict) else None, where)
 
 
 def _read_plain_jsonl(path: Path) -> Iterator[str]:
@@ -170,50 +169,6 @@ def _read_zst(path: Path) -> Iterator[str]:
             raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise missing_extra(f"reading {path.name}") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f'{path} has no column "text"')
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield _checked_text(text, f"{path}, row {number}")
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is damaged: {one_line(error)}") from error
-
-
-def _dataset_documents(name: str, start: int) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra(f"loading the data set {name}") from error
-    try:
-        rows = datasets.load_dataset(name, split="train", streaming=True).skip(start)
-        for number, row in enumerate(rows, start=start + 1):
-            yield _checked_text(row.get("text"), f"data set {name}, row {number}")
-    except UserError:
-        raise
-    except Exception as error:  # the library and the network below it raise dozens of kinds
-        raise UserError(f"can't load the data set {name}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error's message, or its type when it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def missing_extra(what: str) -> UserError:
-    """The error for a package of the extra 'train' that is not installed."""
-    return UserError(f"{what} needs the extra 'train': pip install 'deep-delta-learning[train]'")
-
-
 # By the end of the file name.
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".txt": _read_txt,
@@ -221,5 +176,6 @@ READERS: dict[str, Callable[[Path], Iterator[str]]] = {
     ".jsonl.gz": _read_gz,
     ".jsonl.zst": _read_zst,
     ".jsonl.xz": _read_xz,
-    ".parquet": _read_parquet,
 }
+PARQUET = ".parquet"
+KINDS = (*READERS, PARQUET)

@@ -1,36 +1,28 @@
 """Turning text into token shards: `ddl prepare`. Does not import torch."""
 
 import errno
-import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+
+from deep_delta.data.encode import Encoded, chunks
 from deep_delta.data.files import fsync_folder, write_json_atomically
 from deep_delta.data.inputs import Source, find_sources
 from deep_delta.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitInfo
 from deep_delta.data.progress import ProgressLine
 from deep_delta.data.tokenizer import TextTokenizer, load_tokenizer
+from deep_delta.data.workers import encode_all
 from deep_delta.data.writer import ShardWriter, WriterState
 from deep_delta.errors import UserError
 
 PROGRESS_NAME = "progress.json"
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 2_000_000
-CHECKPOINT_BATCHES = 64
-
-
-class Record(NamedTuple):
-    """Document number `document` (from 0) of source number `source`."""
-
-    source: int
-    document: int
-    text: str
+CHECKPOINT_CHUNKS = 64
 
 
 @dataclass
@@ -73,26 +65,38 @@ def prepare(
     tokenizer: str | None = None,
     val_fraction: float = 0.01,
     shard_tokens: int = 100_000_000,
+    max_tokens: int | None = None,
+    processes: int = 1,
 ) -> Manifest:
     """Tokenize documents into shards of flat little-endian ids, a manifest and a tokenizer copy.
 
     inputs: .txt (one document a file), .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz (field "text") and
-        .parquet files (column "text"), folders of these, or names for `datasets.load_dataset`.
+        .parquet files (column "text"), folders of these, or data sets for `datasets`: NAME or
+        NAME:CONFIGURATION, of which the split "train" is read.
     out: the folder to write. An interrupted run into it goes on where it was and gives the same
         bytes; a finished one is left alone.
     tokenizer: None for the bundled one, a folder, a tokenizer.json, or a hub name.
     val_fraction: share of the documents for "val", in [0, 1); chosen by a hash of the text, so a
         document's split depends on nothing else.
     shard_tokens: tokens in every shard but the last of each split.
+    max_tokens: stop with the document that brings the training split to this many; None: read all.
+    processes: how many tokenize, each with one thread; 1 uses this process and threads of the
+        tokenizer. The bytes are the same for any number, which may change when a run goes on. A
+        script that asks for several needs the usual `if __name__ == "__main__":`.
 
     Every document is followed by one end-of-text token; documents of white space are skipped.
     Errors: UserError for input that is missing, unreadable or empty, a tokenizer that can't be
-    used, a split without documents, a folder begun with other settings, or a full disk.
+    used, a split without documents, a folder begun with other settings, a process that was ended,
+    or a full disk.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}")
     if shard_tokens < 1:
         raise UserError(f"--shard-tokens must be at least 1, not {shard_tokens}")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"--max-tokens must be at least 1, not {max_tokens}")
+    if processes < 1:
+        raise UserError(f"--processes must be at least 1, not {processes}")
     sources = find_sources(inputs)
     loaded = load_tokenizer(tokenizer)
     settings: dict[str, Any] = {
@@ -100,9 +104,10 @@ def prepare(
         "tokenizer": [loaded.sha256, loaded.eot_id],
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
+        "max_tokens": max_tokens,
     }
     try:
-        return _prepare(sources, out, loaded, settings)
+        return _prepare(sources, out, loaded, settings, processes)
     except OSError as error:  # sources turn their own into UserError, so this one is about `out`
         # A quota counts as a full disk; Windows has no such error.
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
@@ -114,7 +119,11 @@ def prepare(
 
 
 def _prepare(
-    sources: list[Source], out: Path, tokenizer: TextTokenizer, settings: dict[str, Any]
+    sources: list[Source],
+    out: Path,
+    tokenizer: TextTokenizer,
+    settings: dict[str, Any],
+    processes: int,
 ) -> Manifest:
     """`prepare` after its arguments were resolved. Errors: also OSError from writing `out`."""
     start = time.monotonic()
@@ -131,6 +140,7 @@ def _prepare(
         progress = Progress.load(out)
         if progress.begun:
             _check_settings(out, progress.settings, settings)
+            progress.settings = settings  # those of an older version lack some of them
             print(f"continuing in {out}", file=sys.stderr)
     if (
         progress is None or not progress.begun
@@ -139,7 +149,7 @@ def _prepare(
         progress.save(out)
     tokenizer.save(out)
 
-    splits = _write_shards(sources, out, tokenizer, progress)
+    splits = _write_shards(sources, out, tokenizer, progress, processes)
     manifest = Manifest(
         dtype=tokenizer.dtype.name,
         vocab_size=tokenizer.vocab_size,
@@ -156,6 +166,9 @@ def _prepare(
         raise UserError(problem)
     manifest.save(out)
     (out / PROGRESS_NAME).unlink()
+    wanted, made = settings["max_tokens"], splits["train"].tokens
+    if wanted is not None and made < wanted:
+        print(f"the input has only {made:,} training tokens, not {wanted:,}", file=sys.stderr)
     _print_summary(out, manifest, time.monotonic() - start)
     return manifest
 
@@ -170,31 +183,41 @@ def _check_settings(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) 
 
 
 def _write_shards(
-    sources: list[Source], out: Path, tokenizer: TextTokenizer, progress: Progress
+    sources: list[Source],
+    out: Path,
+    tokenizer: TextTokenizer,
+    progress: Progress,
+    processes: int,
 ) -> dict[str, SplitInfo]:
     """Write what `progress` says is still missing, recording progress in it and on disk."""
     val_fraction = progress.settings["val_fraction"]
-    shard_tokens = progress.settings["shard_tokens"]
+    max_tokens = progress.settings["max_tokens"]
+    train = progress.splits["train"]
+    pending = chunks(sources, progress.source, progress.document)
     writers: dict[str, ShardWriter] = {}
     try:
         for name, state in progress.splits.items():
+            shard_tokens = progress.settings["shard_tokens"]
             writers[name] = ShardWriter(out, name, tokenizer.dtype, shard_tokens, state)
-        with ProgressLine(len(sources)) as line:
-            for number, batch in enumerate(_batches(sources, progress), start=1):
-                before = sum(state.tokens for state in progress.splits.values())
-                texts = [record.text for record in batch if record.text.strip()]
-                _add_texts(texts, tokenizer, val_fraction, writers)
-                last = batch[-1]
-                progress.source, progress.document = last.source, last.document + 1
-                progress.empty_documents += len(batch) - len(texts)
-                if number % CHECKPOINT_BATCHES == 0:
+        with (
+            closing(encode_all(pending, tokenizer, val_fraction, processes)) as results,
+            ProgressLine(len(sources)) as line,
+        ):
+            for number, (chunk, encoded) in enumerate(results, start=1):
+                if max_tokens is not None:
+                    encoded = _up_to(encoded, max_tokens - train.tokens)
+                _add(encoded, writers)
+                progress.empty_documents += int(np.count_nonzero(encoded.lengths == 0))
+                if max_tokens is not None and train.tokens >= max_tokens:
+                    break  # before progress is recorded: the rest of the chunk was left out
+                progress.source, progress.document = chunk.source, chunk.document
+                if number % CHECKPOINT_CHUNKS == 0:
                     for writer in writers.values():
                         writer.sync()
                     fsync_folder(out)
                     progress.save(out)
                 documents = sum(state.documents for state in progress.splits.values())
-                tokens = sum(state.tokens for state in progress.splits.values())
-                line.update(last.source, sources[last.source].name, documents, tokens - before)
+                line.update(chunk.source, sources[chunk.source].name, documents, len(encoded.ids))
         return {name: writer.finish() for name, writer in writers.items()}
     finally:
         for writer in writers.values():
@@ -203,43 +226,17 @@ def _write_shards(
                 writer.close()
 
 
-def _batches(sources: list[Source], progress: Progress) -> Iterator[list[Record]]:
-    """The documents from the position of `progress` on, in batches of bounded size."""
-    batch: list[Record] = []
-    characters = 0
-    first = progress.source
-    for index in range(first, len(sources)):
-        start = progress.document if index == first else 0
-        for number, text in enumerate(sources[index].documents(start), start):
-            batch.append(Record(index, number, text))
-            characters += len(text)
-            if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
+def _up_to(encoded: Encoded, train_tokens: int) -> Encoded:
+    """The documents up to the one with which those for training have `train_tokens` tokens."""
+    totals = np.cumsum(np.where(encoded.val, 0, encoded.lengths))
+    return encoded.first(int(np.searchsorted(totals, train_tokens)) + 1)
 
 
-def _add_texts(
-    texts: list[str],
-    tokenizer: TextTokenizer,
-    val_fraction: float,
-    writers: dict[str, ShardWriter],
-) -> None:
-    by_split: dict[str, list[Any]] = {name: [] for name in writers}
-    text_bytes = dict.fromkeys(writers, 0)
-    for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
-        data = text.encode()
-        split = "val" if _hash_fraction(data) < val_fraction else "train"
-        by_split[split].append(ids)
-        text_bytes[split] += len(data)
+def _add(encoded: Encoded, writers: dict[str, ShardWriter]) -> None:
     for name, writer in writers.items():
-        writer.add(by_split[name], text_bytes[name])
-
-
-def _hash_fraction(data: bytes) -> float:
-    """A number in [0, 1) from the SHA-256 of UTF-8 text; 53 bits, which a float holds exactly."""
-    return (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 11) / 2**53
+        chosen = (encoded.val == (name == "val")) & (encoded.lengths > 0)
+        ids = encoded.ids[np.repeat(chosen, encoded.lengths)]
+        writer.add(ids, int(chosen.sum()), int(encoded.text_bytes[chosen].sum()))
 
 
 def _empty_split(manifest: Manifest) -> str | None:

@@ -4,14 +4,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from deep_delta.data.files import write_atomically, write_json_atomically
-from deep_delta.data.inputs import looks_like_path, one_line
+from deep_delta.data.inputs import looks_like_path
 from deep_delta.data.sample import bundled_tokenizer
+from deep_delta.data.texts import one_line
 from deep_delta.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -49,6 +51,11 @@ class TextTokenizer:
         """Ids of each text followed by the end-of-text id, as 1-d arrays of `dtype`."""
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.eot_id], dtype=self.dtype) for encoding in encodings]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled Tokenizer forgets that special tokens in a text are plain text: build it again.
+        config = json.dumps({"eos_token": self.eot_token}).encode()
+        return _build, (self.name, self.data, config)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, byte for byte, and a config that transformers loads with it."""

@@ -1,7 +1,6 @@
 """Appending token ids to shard files so that an interrupted run can go on where it was."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -82,12 +81,12 @@ class ShardWriter:
         file.seek(length)
         return file
 
-    def add(self, documents: Sequence[npt.NDArray[np.unsignedinteger]], text_bytes: int) -> None:
-        """Append documents (1-d id arrays, the end-of-text id included) of `text_bytes` of text."""
-        if not documents:
-            return
-        ids = np.concatenate(documents)
-        self.state.documents += len(documents)
+    def add(self, ids: npt.NDArray[np.unsignedinteger], documents: int, text_bytes: int) -> None:
+        """Append the ids (1-d) of a number of documents with `text_bytes` of text.
+
+        Each document ends with the end-of-text id.
+        """
+        self.state.documents += documents
         self.state.tokens += len(ids)
         self.state.text_bytes += text_bytes
         while len(ids):

@@ -158,19 +158,3 @@ def test_truncation_and_padding_of_a_tokenizer_are_not_applied(jsonl, tmp_path):
     np.testing.assert_array_equal(
         read_split(tmp_path / "a", "train"), read_split(tmp_path / "b", "train")
     )
-
-
-def test_a_data_set_name_streams_through_datasets(jsonl, documents, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([{"text": text} for text in documents])
-
-    def load_dataset(name, *, split, streaming):
-        assert (name, split, streaming) == ("someone/some-text-v1.0", "train", True)
-        return rows.to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    prepare(["someone/some-text-v1.0"], tmp_path / "a", val_fraction=0.2)
-    prepare([str(jsonl)], tmp_path / "b", val_fraction=0.2)
-    assert decoded(tmp_path / "a", "train", TOKENIZER) == decoded(
-        tmp_path / "b", "train", TOKENIZER
-    )

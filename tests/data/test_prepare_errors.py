@@ -77,7 +77,7 @@ def test_an_unreachable_data_set_and_missing_extras_are_one_line(tmp_path, monke
     def fail(*_, **__):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     message = user_error(lambda: prepare(["someone/text"], tmp_path / "out"))
     assert message == "can't load the data set someone/text: no route"
 
@@ -128,7 +128,14 @@ def test_an_empty_split_says_what_to_change_and_leaves_the_folder_usable(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "settings", [{"val_fraction": 1}, {"val_fraction": -1}, {"shard_tokens": 0}]
+    "settings",
+    [
+        {"val_fraction": 1},
+        {"val_fraction": -1},
+        {"shard_tokens": 0},
+        {"max_tokens": 0},
+        {"processes": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings, jsonl, tmp_path):
     assert user_error(lambda: prepare([str(jsonl)], tmp_path / "out", **settings)).startswith("--")

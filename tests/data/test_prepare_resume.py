@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from data_helpers import shard_bytes, user_error, write_jsonl
 
+from deep_delta.data import encode as encode_module
 from deep_delta.data import prepare
 from deep_delta.data.writer import ShardWriter
 
@@ -37,8 +38,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ):
     """Stops at random documents, several times, also right before progress is recorded."""
     inputs = [str(jsonl), str(write_jsonl(tmp_path / "second.jsonl", documents[::-1]))]
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr(prepare_module, "CHECKPOINT_BATCHES", 2)
+    monkeypatch.setattr(encode_module, "CHUNK_DOCUMENTS", 3)
+    monkeypatch.setattr(prepare_module, "CHECKPOINT_CHUNKS", 2)
     prepare(inputs, tmp_path / "whole", val_fraction=0.2, shard_tokens=700)
 
     rng = random.Random(seed)
@@ -70,30 +71,31 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 
 def test_resume_does_not_encode_finished_documents_again(jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 2)
-    monkeypatch.setattr(prepare_module, "CHECKPOINT_BATCHES", 1)
-    add_texts, seen = prepare_module._add_texts, []
+    monkeypatch.setattr(encode_module, "CHUNK_DOCUMENTS", 2)
+    monkeypatch.setattr(prepare_module, "CHECKPOINT_CHUNKS", 1)
+    encode, seen = encode_module.TextTokenizer.encode, []
 
-    def counting(texts, *args):
-        if len(seen) == 20:
+    def counting(tokenizer, texts):
+        if len(seen) == limit:
             raise Interrupted
-        add_texts(texts, *args)
         seen.extend(texts)
+        return encode(tokenizer, texts)
 
-    monkeypatch.setattr(prepare_module, "_add_texts", counting)
+    monkeypatch.setattr(encode_module.TextTokenizer, "encode", counting)
+    limit = 20
     with pytest.raises(Interrupted):
         prepare([str(jsonl)], tmp_path / "out", val_fraction=0.2)
     first, seen[:] = list(seen), []
-    monkeypatch.setattr(prepare_module, "_add_texts", lambda *args: seen.extend(args[0]))
     user_error(lambda: prepare([str(jsonl)], tmp_path / "out", val_fraction=0.2, shard_tokens=9))
+    limit = None
     prepare([str(jsonl)], tmp_path / "out", val_fraction=0.2)
     assert len(seen) == 41 - 20
     assert not set(first) & set(seen)
 
 
 def test_a_full_disk_keeps_progress(jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr(prepare_module, "CHECKPOINT_BATCHES", 1)
+    monkeypatch.setattr(encode_module, "CHUNK_DOCUMENTS", 4)
+    monkeypatch.setattr(prepare_module, "CHECKPOINT_CHUNKS", 1)
     prepare([str(jsonl)], tmp_path / "whole", val_fraction=0.2)
     add, calls = ShardWriter.add, []
 
@@ -113,8 +115,8 @@ def test_a_full_disk_keeps_progress(jsonl, tmp_path, monkeypatch):
 
 
 def test_a_damaged_progress_file_or_lost_shard_is_one_line(jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr(prepare_module, "CHECKPOINT_BATCHES", 1)
+    monkeypatch.setattr(encode_module, "CHUNK_DOCUMENTS", 4)
+    monkeypatch.setattr(prepare_module, "CHECKPOINT_CHUNKS", 1)
 
     def stop(*_):
         raise Interrupted
