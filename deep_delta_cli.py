@@ -7,6 +7,7 @@ and a mistyped option answer at once.
 import argparse
 import difflib
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = _one_line(error)
         if line is None:
             raise
-        return _fail(line)
+        return _fail(line, only_one=not getattr(error, "of_this_process", False))
 
 
 def _one_line(error: Exception) -> str | None:
@@ -51,8 +52,10 @@ def _one_line(error: Exception) -> str | None:
     return None
 
 
-def _fail(line: str, status: int = 1) -> int:
-    print(f"ddl: {line}", file=sys.stderr)
+def _fail(line: str, status: int = 1, only_one: bool = True) -> int:
+    """Print the line, under torchrun by the first process of a machine unless it is another's."""
+    if not only_one or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"ddl: {line}", file=sys.stderr, flush=True)
     return status
 
 
@@ -279,6 +282,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         raise UserError("train needs a recipe: ddl train RECIPE.yaml [--field value ...]")
     _need("train", "accelerate", "psutil", "yaml")
     from deep_delta.train import Interrupted, load_recipe, merge, parse_overrides, train
+    from deep_delta.train.processes import is_main, leave
 
     recipe = merge(load_recipe(*options.recipes), parse_overrides(rest))
     try:
@@ -286,7 +290,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     except Interrupted as stop:
         line = "interrupted; the same command goes on from the checkpoint"
         return _fail(line, SIGNALLED + stop.signal)
-    print(f"{recipe.run_folder / 'final'}")
+    if is_main():
+        print(f"{recipe.run_folder / 'final'}")
+    leave()
     return 0
 
 
@@ -304,6 +310,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     from deep_delta.compare import DEFAULT_SEEDS, DEFAULT_VARIANTS, compare
     from deep_delta.errors import UserError
     from deep_delta.train import Interrupted, make_recipe, parse_overrides
+    from deep_delta.train.processes import leave
 
     overrides = parse_overrides(rest, also=("variants", "seeds"))
     for field in COMPARE_DECIDES:
@@ -323,6 +330,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     except Interrupted as stop:
         line = "interrupted; the same command goes on with what is missing"
         return _fail(line, SIGNALLED + stop.signal)
+    leave()
     return 0
 
 

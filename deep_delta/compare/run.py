@@ -17,6 +17,7 @@ from deep_delta.errors import UserError
 from deep_delta.model.presets import VARIANTS, lookup
 from deep_delta.report import print_table, write_report
 from deep_delta.train import Diverged, Recipe, RunResult, read_metrics, read_result, train
+from deep_delta.train.processes import on_main, processes
 
 DEFAULT_VARIANTS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl-scalar")
 DEFAULT_SEEDS = (0, 1, 2)
@@ -52,6 +53,18 @@ def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str)
             except Diverged:  # a result like others, and no reason to stop the rest
                 results.append(read_result(run.run_folder))
             gc.collect()  # the next run's peak memory starts without this one's model
+    return on_main(lambda: _report(recipe, variants, seeds, command, results, folders))
+
+
+def _report(
+    recipe: Recipe,
+    variants: list[str],
+    seeds: list[int],
+    command: str,
+    results: list[RunResult],
+    folders: dict[tuple[str, int], Path],
+) -> dict[str, Any]:
+    """Summarise the results, write the report and print the table."""
     out = Path(recipe.out)
     context = {
         "command": command,
@@ -76,9 +89,9 @@ def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str)
 
 
 def hardware() -> str:
-    """The device that trains, in words."""
+    """The devices that train, in words."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+        return f"{processes()} × {torch.cuda.get_device_name()}"
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 

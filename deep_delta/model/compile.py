@@ -28,6 +28,8 @@ def compile_layers(model: DeepDeltaForCausalLM) -> DeepDeltaForCausalLM:
     # All modules that `Module.compile` has compiled count against one limit, which is 8 by default.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 64)
+    # DDP need not split the graphs for the sake of early gradients: a layer's come when it is done.
+    config.optimize_ddp = False
     decoder = model.model
     for part in (decoder.expand, *decoder.layers, decoder.readout, decoder.norm):
         part.compile(fullgraph=True)

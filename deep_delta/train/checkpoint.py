@@ -6,6 +6,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deep_delta.data.files import fsync_folder, sha256_of, write_json_atomically
@@ -14,6 +21,8 @@ CONTENTS = "contents.json"  # size and SHA-256 of every other file
 STAGE = "unfinished"  # in the run folder: where a checkpoint is written
 # Trainer writes this pickle of its arguments and never reads it; recipe.yaml says it all.
 UNREAD = "training_args.bin"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -93,3 +102,22 @@ def newest_whole(folder: Path) -> Path | None:
             f"ddl: {checkpoint} is not whole ({wrong}): put aside as {aside.name}", file=sys.stderr
         )
     return None
+
+
+def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None) -> None:
+    """Save the optimizer's state whole, by the parameters' names, whatever wraps or shards them.
+
+    All processes must call it, the main one with a path and the others with None.
+    """
+    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if path is not None:
+        torch.save(state, path)
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Load what `save_optimizer` saved, in every process; how many there are may have changed.
+
+    Errors: pickle.UnpicklingError for a file with anything but tensors, numbers and names.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(model, optimizer, state, options=WHOLE)

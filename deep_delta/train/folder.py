@@ -17,6 +17,7 @@ from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.train.checkpoint import STAGE, UNREAD, checkpoints, fault, newest_whole, step_of
 from deep_delta.train.groups import width_scaled_names
 from deep_delta.train.metrics import read_metrics
+from deep_delta.train.processes import is_main, on_main
 from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
 from deep_delta.train.trainer import DeltaTrainer, NotFinite
 
@@ -190,10 +191,10 @@ def save_final(
 ) -> None:
     """Weights, configuration and tokenizer, complete or not there at all."""
     temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
     model.config.use_cache = True  # Trainer switches it off, but the model is to be used now
     trainer.save_model(str(temporary))
-    if not trainer.is_world_process_zero():
+    if not is_main():
         return
     (temporary / UNREAD).unlink(missing_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -205,7 +206,7 @@ def save_final(
 def save_result(
     recipe: Recipe,
     config: DeepDeltaConfig,
-    model: nn.Module,
+    parameters: int,
     folder: Path,
     memory: int,
     diverged: str | None = None,
@@ -219,7 +220,7 @@ def save_result(
     result = RunResult(
         variant=recipe.variant,
         seed=recipe.seed,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         val_loss=None if diverged else evaluated[-1]["val_loss"],
         tokens=last["tokens"],
         train_seconds=last["seconds"],

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from deep_delta.accounting import peak_flops
 from deep_delta.data.files import write_atomically
+from deep_delta.train.processes import is_main
 from deep_delta.train.progress import ProgressLine
 
 Row = dict[str, Any]
@@ -64,7 +65,7 @@ class MetricsWriter(TrainerCallback):
     ):
         self.path, self.tokens_per_step, self.progress = path, tokens_per_step, progress
         self.flops_per_token = flops_per_token
-        rows = keep_until(path, resumed_at)
+        rows = keep_until(path, resumed_at) if is_main() else []
         self.seconds: float = rows[-1]["seconds"] if rows else 0.0
         self.last_step = resumed_at
         self.started: float | None = None
@@ -118,7 +119,8 @@ class MetricsWriter(TrainerCallback):
             if most is not None:
                 row["mfu"] = round(speed * self.flops_per_token / (most * args.world_size), 4)
         self._append(row, state)
-        self.progress.update(state.global_step, logs["loss"], speed)
+        if state.is_world_process_zero:
+            self.progress.update(state.global_step, logs["loss"], speed)
 
     def on_evaluate(
         self,

@@ -16,6 +16,7 @@ from deep_delta.errors import UserError
 # The data counts by its hashes, not by its path: see `folder.prepare_folder`.
 _FREE_TO_CHANGE = {
     "out", "resume", "data", "log_every", "eval_every", "save_every", "keep_checkpoints",
+    "parallel",  # like the number of processes: sums in another order
 }  # fmt: skip
 
 
@@ -68,6 +69,9 @@ class Recipe:
     clip: float = field(default=1.0, metadata={"help": "gradient norm limit"})
     precision: Literal["auto", "bf16", "fp32"] = field(
         default="auto", metadata={"help": "bf16 autocast where the device has it, or as named"}
+    )
+    parallel: Literal["ddp", "fsdp2"] = field(
+        default="ddp", metadata={"help": "with torchrun: a whole model in each process, or shards"}
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute blocks in the backward pass to save memory"}

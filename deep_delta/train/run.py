@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # else the first optimizer step loads it, in somebody's timing
+from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -29,6 +30,7 @@ from deep_delta.train.folder import (
     save_weight_decay,
 )
 from deep_delta.train.metrics import MetricsWriter
+from deep_delta.train.processes import is_main, lost_processes_named, on_main
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
 from deep_delta.train.trainer import (
@@ -54,21 +56,29 @@ def train(recipe: Recipe) -> RunResult:
 
     Leaves recipe.yaml, data.json (the data's hashes), weight_decay.json, metrics.jsonl, result.json
     and final/ (a checkpoint with tokenizer that `from_pretrained` loads) in `recipe.run_folder`.
+    Called in several processes (torchrun), all train the one model; the first writes the folder,
+    which all must see, and all return its result.
 
     Raises:
         UserError: data, recipe or run folder that do not fit, in one line.
         Diverged: a loss or gradient was no number; result.json and diverged.json say where.
         Interrupted: after Ctrl-C or SIGTERM; the same call goes on from the checkpoint.
+        LostProcess: another process ended; the same call goes on from the newest checkpoint.
     """
+    with lost_processes_named():
+        return _train(recipe)
+
+
+def _train(recipe: Recipe) -> RunResult:
     _quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
     loss = _loss(recipe, arguments.device)
-    data_folder = _data_folder(recipe)
+    data_folder = on_main(lambda: _data_folder(recipe))
     train_data, val_data, manifest = _datasets(recipe, data_folder, config)
-    checkpoint = prepare_folder(recipe, config, manifest)
+    checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest))
     folder = recipe.run_folder
-    if (folder / RESULT).is_file():
-        result = read_result(folder)
+    result = on_main(lambda: read_result(folder) if (folder / RESULT).is_file() else None)
+    if result is not None:
         if result.diverged:
             raise Diverged(result.diverged)
         return result
@@ -76,10 +86,11 @@ def train(recipe: Recipe) -> RunResult:
     with PeakMemory() as memory:
         set_seed(recipe.seed)
         start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        trained = checkpoint if start == recipe.steps else None
-        model = DeepDeltaForCausalLM(config) if trained is None else _load(trained)
-        check_disk(folder, model, recipe)
+        model = DeepDeltaForCausalLM(config) if checkpoint is None else _load(checkpoint, config)
+        nn.Module.to(model, arguments.device)  # else FSDP2 would do so only after the warm-up
+        on_main(lambda: check_disk(folder, model, recipe))
         model.linear_cross_entropy = loss
+        parameters = sum(p.numel() for p in model.parameters())  # shards have fewer
         if recipe.compile:
             # Else the graphs of a comparison's earlier runs would be looked through at every call.
             torch.compiler.reset()
@@ -99,11 +110,11 @@ def train(recipe: Recipe) -> RunResult:
         trainer.remove_callback(PrinterCallback)  # the progress line says it
         trainer.add_callback(writer)
         trainer.add_callback(stopper)
-        save_weight_decay(trainer, model, folder / "weight_decay.json")
+        on_main(lambda: save_weight_decay(trainer, model, folder / "weight_decay.json"))
         warm_up(trainer, model, train_data)
-        diverged = None
+        not_finite: NotFinite | None = None
         try:
-            if trained is None:  # else only what follows the last step is missing
+            if start < recipe.steps:  # else only what follows the last step is missing
                 with stopper:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except pickle.UnpicklingError:
@@ -112,30 +123,34 @@ def train(recipe: Recipe) -> RunResult:
                 "use another checkpoint"
             ) from None
         except NotFinite as event:
-            shards = train_data.data.shards
-            diverged = save_divergence(event, shards, recipe.seq_len, folder)
-        step = trainer.state.global_step
-        if stopper.requested is not None and step < recipe.steps and diverged is None:
-            progress.finish(f"interrupted at step {step}, checkpoint saved")
-            raise Interrupted(stopper.requested)
-    if diverged is not None:
-        save_result(recipe, config, model, folder, memory.bytes, diverged)
-        progress.finish("diverged")
-        raise Diverged(diverged)
+            not_finite = event
+        step, stopped_by = trainer.state.global_step, stopper.agree()
+        if stopped_by is not None and step < recipe.steps and not_finite is None:
+            _finish(progress, f"interrupted at step {step}, checkpoint saved")
+            raise Interrupted(stopped_by)
+    if not_finite is not None:
+        met, shards = not_finite, train_data.data.shards
+        line = on_main(lambda: save_divergence(met, shards, recipe.seq_len, folder))
+        on_main(lambda: save_result(recipe, config, parameters, folder, memory.bytes, line))
+        _finish(progress, "diverged")
+        raise Diverged(line)
     save_final(trainer, model, data_folder, folder / FINAL)
-    result = save_result(recipe, config, model, folder, memory.bytes)
-    progress.finish(
-        f"val loss {float('nan') if result.val_loss is None else result.val_loss:.4f}  "
-        f"{result.tokens_per_s:,.0f} tokens/s"
-    )
-    if stopper.requested is not None:  # in the last step: complete, but nothing is to follow
-        raise Interrupted(stopper.requested)
+    result = on_main(lambda: save_result(recipe, config, parameters, folder, memory.bytes))
+    val_loss = float("nan") if result.val_loss is None else result.val_loss
+    _finish(progress, f"val loss {val_loss:.4f}  {result.tokens_per_s:,.0f} tokens/s")
+    if stopped_by is not None:  # in the last step: complete, but nothing is to follow
+        raise Interrupted(stopped_by)
     return result
 
 
-def _load(checkpoint: Path) -> DeepDeltaForCausalLM:
-    model: DeepDeltaForCausalLM = DeepDeltaForCausalLM.from_pretrained(checkpoint)
+def _load(checkpoint: Path, config: DeepDeltaConfig) -> DeepDeltaForCausalLM:
+    model: DeepDeltaForCausalLM = DeepDeltaForCausalLM.from_pretrained(checkpoint, config=config)
     return model
+
+
+def _finish(progress: ProgressLine, text: str) -> None:
+    if is_main():
+        progress.finish(text)
 
 
 def _loss(recipe: Recipe, device: torch.device) -> LinearCrossEntropy:
@@ -170,7 +185,11 @@ def _data_folder(recipe: Recipe) -> Path:
 def _datasets(
     recipe: Recipe, folder: Path, config: DeepDeltaConfig
 ) -> tuple[NumberedSequences, Subset, Manifest]:
-    train_shards, val_shards = (TokenShards.open(folder, split) for split in ("train", "val"))
+    # One process reads everything to check it; that would cost the others as much again.
+    on_main(lambda: [TokenShards.open(folder, split) for split in ("train", "val")] and None)
+    train_shards, val_shards = (
+        TokenShards.open(folder, split, verify=False) for split in ("train", "val")
+    )
     check_tokenizer(train_shards.manifest, config.vocab_size)
     config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
     mask = recipe.mask_documents

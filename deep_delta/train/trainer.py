@@ -9,13 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from deep_delta.data.shards import IGNORED_LABEL, PackedSequences
 from deep_delta.errors import UserError
-from deep_delta.train.checkpoint import PREFIX_CHECKPOINT_DIR, STAGE, publish
+from deep_delta.train.checkpoint import (
+    OPTIMIZER,
+    PREFIX_CHECKPOINT_DIR,
+    SCHEDULER,
+    STAGE,
+    load_optimizer,
+    publish,
+    save_optimizer,
+)
 from deep_delta.train.groups import decayed_names, parameter_groups
+from deep_delta.train.processes import (
+    Agreement,
+    everyones,
+    is_main,
+    on_main,
+    processes,
+    wait_for_all,
+)
 from deep_delta.train.recipe import Recipe
 
 SEQUENCE = "sequence"  # which one of the data an item is: not for the model
@@ -34,6 +52,26 @@ class NumberedSequences(Dataset[dict[str, Tensor]]):
         return {**self.data[index], SEQUENCE: torch.tensor(index)}
 
 
+class WholeBatches(Dataset[dict[str, Tensor]]):
+    """The data, then items without labels up to a multiple of `size`.
+
+    Several processes must evaluate equally many items; without these, accelerate would repeat some
+    and leave others out of the mean.
+    """
+
+    def __init__(self, data: Subset, size: int):
+        self.data, self.size = data, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.size) * self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index < len(self.data):
+            return self.data[index]
+        item = self.data[0]
+        return {**item, "labels": torch.full_like(item["labels"], IGNORED_LABEL)}
+
+
 class NotFinite(Exception):
     """A loss or gradient norm that is no number: what, at which step, on which sequences."""
 
@@ -47,19 +85,36 @@ class DeltaTrainer(Trainer):
 
     `parameter_groups` says what decays and how fast it learns. Training stops with `NotFinite` at
     the first log that meets a loss or gradient norm that is no number, and nothing is saved then.
+    Checkpoints hold whole tensors, so that any number of processes can go on from them. The model
+    comes with a checkpoint's weights; the trainer loads the rest.
     """
 
-    def __init__(self, recipe: Recipe, eval_dataset: Subset, **kwargs):
+    def __init__(self, recipe: Recipe, args: TrainingArguments, eval_dataset: Any, **kwargs):
         self.decay_residual, self.keep_checkpoints = recipe.decay_residual, recipe.keep_checkpoints
+        self.parallel = recipe.parallel
         # Step, sequences and loss of every pass since the last log: looked at only there, since
         # reading a loss waits for the GPU.
         self.passes: list[tuple[int, Tensor, Tensor]] = []
         self.staging = False
-        super().__init__(eval_dataset=eval_dataset, **kwargs)
+        if processes() > 1:
+            size = args.per_device_eval_batch_size * processes()
+            eval_dataset = WholeBatches(eval_dataset, size)
+        super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
         sequences = range(len(eval_dataset))
         labels = (eval_dataset[index]["labels"][1:] for index in sequences)
         predictions = sum(int((row != IGNORED_LABEL).sum()) for row in labels)
         self.predictions_per_sequence = predictions / len(sequences)
+
+    def _prepare_for_training(self, *arguments: Any) -> Any:
+        """As Trainer's, and check that what the recipe asks for is what wraps the model."""
+        prepared = super()._prepare_for_training(*arguments)
+        wrapper = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}[self.parallel]
+        if processes() > 1 and not isinstance(prepared[0], wrapper):
+            raise UserError(
+                f"the recipe says parallel: {self.parallel}, but the model is wrapped in "
+                f"{type(prepared[0]).__name__}: check the launcher's own settings"
+            )
+        return prepared
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over predictions, also where documents are masked and batches differ in them.
@@ -69,10 +124,11 @@ class DeltaTrainer(Trainer):
         """
         inputs = {name: value for name, value in inputs.items() if name != SEQUENCE}
         inputs["skip_logits"] = True
-        if model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        items = len(inputs["labels"]) * self.predictions_per_sequence
-        outputs = model(**inputs, num_items_in_batch=items)
+        with self.accelerator.autocast():  # which accelerate does by itself, but for FSDP2
+            if model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            items = len(inputs["labels"]) * self.predictions_per_sequence
+            outputs = model(**inputs, num_items_in_batch=items)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -89,11 +145,13 @@ class DeltaTrainer(Trainer):
         norm = logs.get("grad_norm", 0.0)
         if math.isfinite(logs["loss"]) and math.isfinite(norm):
             return
-        bad = [step for step, _, loss in passes if not math.isfinite(loss.item())]
-        step = bad[0] if bad else self.state.global_step
+        own_bad = [step for step, _, loss in passes if not math.isfinite(loss.item())]
+        bad = [step for steps in everyones(own_bad) for step in steps]
+        step = min(bad, default=self.state.global_step)
         what, value = ("loss", logs["loss"]) if bad else ("gradient norm", norm)
         own = [number for at, numbers, _ in passes if at == step for number in numbers.tolist()]
-        raise NotFinite(what, value, step, own)
+        sequences = [number for numbers in everyones(own) for number in numbers]
+        raise NotFinite(what, value, step, sequences)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -106,10 +164,35 @@ class DeltaTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             staged = stage / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            publish(staged, stage.parent, self.keep_checkpoints)
+            wait_for_all()  # every process has a file in it
+            on_main(lambda: publish(staged, stage.parent, self.keep_checkpoints))
         finally:
             self.staging = False
-            shutil.rmtree(stage, ignore_errors=True)
+            if is_main():
+                shutil.rmtree(stage, ignore_errors=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder, schedule = Path(output_dir), self.lr_scheduler
+        save_optimizer(*self._trained, folder / OPTIMIZER if is_main() else None)
+        if is_main() and schedule is not None:
+            torch.save(schedule.state_dict(), folder / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.lr_scheduler is not None:
+            load_optimizer(*self._trained, Path(checkpoint, OPTIMIZER))
+            schedule = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_from_checkpoint(self, *arguments: Any) -> None:
+        """Nothing: the model came with the checkpoint's weights."""
+
+    @property
+    def _trained(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model, as it is sharded, and the optimizer without accelerate's wrapper."""
+        model, optimizer = self.model, getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(model, nn.Module)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return model, optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_names(model, self.decay_residual)
@@ -125,7 +208,7 @@ class DeltaTrainer(Trainer):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
+    """Ctrl-C or SIGTERM, in any process, ends the run after the current step, with a checkpoint.
 
     `requested` is then the signal's number, else None. Ctrl-C after that ends the run at once;
     another SIGTERM, which schedulers like to repeat, changes nothing.
@@ -133,6 +216,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.requested: int | None = None
+        self._agreement = Agreement()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -143,19 +227,38 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if exc[0] is not None and processes() > 1:
+            # This process ends and says why. So does torchrun end it, whose signal may come first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _stop(self, number: int, *_: object) -> None:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = self.requested or number
 
+    def agree(self) -> int | None:
+        """`requested`, the same in all processes from here on."""
+        self.requested = self._agreement.highest(self.requested or 0) or None
+        return self.requested
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.requested is not None and state.global_step < state.max_steps:
+        if self.agree() is not None and state.global_step < state.max_steps:
             control.should_save = control.should_log = control.should_training_stop = True
+
+
+def can_shard(devices: int) -> bool:
+    """Whether FSDP2 can run; on CPUs accelerate would silently take DDP instead."""
+    return devices > 1 and torch.cuda.is_available()
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     devices = max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    sharded = recipe.parallel == "fsdp2"
+    if sharded and not can_shard(devices):
+        raise UserError(
+            "parallel: fsdp2 needs several processes with a GPU each: start them by torchrun, or "
+            "set parallel to ddp"
+        )
     per_device = recipe.micro_batch_size or recipe.batch_size // devices
     passes, rest = divmod(recipe.batch_size, per_device * devices) if per_device else (0, 1)
     if rest or not passes:
@@ -197,9 +300,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         save_steps=recipe.save_every or recipe.steps,
         remove_unused_columns=False,  # the number of a sequence is for the trainer
         ddp_find_unused_parameters=False,
+        fsdp=sharded,  # type: ignore[arg-type]  # True is what it asks for
         disable_tqdm=True,
         report_to="none",
     )
+    if sharded:
+        # Parameters stay fp32 where they are computed with, and autocast decides as ever: rounding
+        # them all would also round gates, norms and the gradients' sums.
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
     # One process drives one GPU. Where it sees more, Trainer would split batches over all of them.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

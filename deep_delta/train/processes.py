@@ -1,0 +1,107 @@
+"""Several processes that train one model: what only the main one does, and how they agree.
+
+With one process, everything here does what it says without any communication.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch import Tensor, tensor
+from torch import distributed as dist
+
+from deep_delta.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=10)  # for a machine that vanished without closing its connections
+# What the libraries below say when the other side is gone.
+CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+
+
+class LostProcess(UserError):
+    """Another process of the run ended; this one can't go on alone."""
+
+    of_this_process = True  # every process that is left has to say it: who is left is not known
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the run folder."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run the action in the main process; its result, or its UserError or OSError, in all."""
+    if processes() == 1:
+        return action()
+    told: list[Any] = [None, None]
+    if is_main():
+        try:
+            told[0] = action()
+        except (UserError, OSError) as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    result, failure = told
+    if failure is not None:
+        raise failure
+    return result
+
+
+def everyones(value: T) -> list[T]:
+    """The value of every process, in the order of ranks."""
+    values: list[Any] = [value] * processes()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+class Agreement:
+    """A number that all processes agree on, at every step, without waiting for a GPU.
+
+    It travels between the hosts, which also shows at once that another process is gone: GPUs
+    would wait for it.
+    """
+
+    def __init__(self) -> None:
+        several = processes() > 1
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+
+    def highest(self, number: int) -> int:
+        """The highest of all processes' numbers."""
+        if self._group is None:
+            return number
+        box: Tensor = tensor(number)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self._group)
+        return int(box)
+
+
+@contextlib.contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Turn the error by which a process learns that another one is gone into a LostProcess."""
+    try:
+        yield
+    except RuntimeError as error:
+        network = isinstance(error, dist.DistError) or any(word in str(error) for word in CLOSED)
+        if not network or processes() == 1:
+            raise
+        raise LostProcess(
+            f"rank {dist.get_rank()} stops, because another process of this run is gone (it may "
+            "have said why above); the same command goes on from the newest checkpoint"
+        ) from error
+
+
+def leave() -> None:
+    """Take this process out of its group, at the end of the program."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# One run on several nodes, one process a GPU:
+#   sbatch recipes/launch/slurm.sh recipes/small/ddl-cc.yaml [FIELDS.yaml ...] [--field value ...]
+# All nodes must see the recipe's `out` and `data`. A job that is preempted, out of time or lost a
+# process goes on from its newest checkpoint: preempted jobs by themselves, others by the same sbatch.
+#SBATCH --job-name=ddl
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+# srun and not torchrun: Slurm's SIGTERM then reaches the processes themselves, which have the time
+# that --signal gives them to save (torchrun would kill them after 30 seconds), and one that ends ends all.
+# shellcheck disable=SC2016 # the inner shell is each process's own
+srun --kill-on-bad-exit=1 bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  exec ddl train "$@"' ddl-train "$@"

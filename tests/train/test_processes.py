@@ -1,0 +1,231 @@
+"""Several processes train the model that one would: same data, same losses, same checkpoints."""
+
+import functools
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, DistributedType
+from helpers import close
+from train.group import together
+from train.micro import losses, micro_recipe, rows_of, user_error, weights
+
+from deep_delta.compare import compare
+from deep_delta.errors import UserError
+from deep_delta.train import Interrupted, train, trainer
+from deep_delta.train.processes import is_main
+from deep_delta.train.trainer import SEQUENCE, DeltaTrainer
+
+STEPS = 20
+FIELDS = {"steps": STEPS, "eval_every": 10, "eval_sequences": 7, "save_every": 10}
+
+
+def watched(recipe, action=None):
+    """Train; the wrapper's name, and the sequences of every pass. `action` runs before each."""
+    wrappers, passes = set(), []
+    step = DeltaTrainer.training_step
+
+    def training_step(self, model, inputs, *rest):
+        wrappers.add(type(model).__name__)
+        passes.append((self.state.global_step + 1, inputs[SEQUENCE].tolist()))
+        if action is not None:
+            action(self, inputs)
+        return step(self, model, inputs, *rest)
+
+    DeltaTrainer.training_step = training_step
+    try:
+        train(recipe)
+    except (UserError, Interrupted) as stop:
+        return type(stop).__name__, str(stop), passes
+    finally:
+        DeltaTrainer.training_step = step
+    return wrappers, passes
+
+
+@pytest.fixture(scope="module")
+def alone(micro_data, tmp_path_factory):
+    """The run of one process, and the sequences of each of its steps."""
+    recipe = micro_recipe(micro_data, tmp_path_factory.mktemp("alone"), **FIELDS)
+    _, passes = watched(recipe)
+    return recipe.run_folder, dict(passes)
+
+
+def same_curve(folder, expected, atol=1e-5):
+    actual, expected = losses(folder), losses(expected)
+    assert [row[:2] for row in actual] == [row[:2] for row in expected]
+    for (step, kind, value), (_, _, other) in zip(actual, expected, strict=True):
+        assert value == pytest.approx(other, abs=atol), f"{kind} at step {step}"
+
+
+def same_end(folder, expected):
+    same_curve(folder, expected)
+    actual, expected = weights(folder), weights(expected)
+    for name, tensor in actual.items():
+        close(tensor, expected[name], 1e-4)
+
+
+@pytest.mark.parametrize("micro", [None, 1], ids=["one pass", "two passes"])
+def test_two_processes_train_as_one(micro_data, tmp_path, alone, micro):
+    recipe = micro_recipe(micro_data, tmp_path, micro_batch_size=micro, **FIELDS)
+    (wrappers, first), (_, second) = together(watched, recipe)
+    assert wrappers == {"DistributedDataParallel"}
+    folder, sequences = alone
+    same_end(recipe.run_folder, folder)
+    for step, expected in sequences.items():
+        ours, theirs = (
+            [number for at, numbers in passes if at == step for number in numbers]
+            for passes in (first, second)
+        )
+        assert len(ours) == len(theirs) == len(expected) / 2
+        assert sorted(ours + theirs) == sorted(expected)
+
+
+def sharded(recipe):
+    """Train by FSDP2 on a CPU, which accelerate has no way to ask for: it would take DDP."""
+    begin = AcceleratorState.__init__
+
+    def begin_sharded(self, *arguments, fsdp_plugin=None, **options):
+        begin(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        self.fsdp_plugin = fsdp_plugin or self.fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin_sharded
+    return asking_for_shards(recipe)
+
+
+def asking_for_shards(recipe):
+    trainer.can_shard = lambda devices: True
+    return watched(recipe)
+
+
+def quickly_compiled(recipe):
+    """Tracing and guards as ever, without generating code."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    return sharded(recipe) if recipe.parallel == "fsdp2" else watched(recipe)
+
+
+@pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc"])
+def test_two_processes_with_shards_train_as_one(micro_data, tmp_path, variant):
+    recipe = micro_recipe(micro_data, tmp_path / "alone", variant=variant, **FIELDS)
+    train(recipe)
+    shards = micro_recipe(
+        micro_data, tmp_path / "shards", variant=variant, parallel="fsdp2", **FIELDS
+    )
+    (wrappers, _), _ = together(sharded, shards)
+    assert wrappers == {"FSDPDeepDeltaForCausalLM"}
+    same_end(shards.run_folder, recipe.run_folder)
+    saved = {path.name for path in (shards.run_folder / "checkpoint-20").iterdir()}
+    assert saved == {
+        "config.json", "generation_config.json", "model.safetensors", "optimizer.pt",
+        "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "contents.json",
+    }  # fmt: skip
+    # From its checkpoint two go on in shards, and one goes on by itself.
+    start = str(shards.run_folder / "checkpoint-10")
+    tail = [row for row in losses(recipe.run_folder) if row[0] > 10]
+    for parallel, go_on in (("fsdp2", sharded), ("ddp", None)):
+        rest = micro_recipe(
+            micro_data, tmp_path / parallel, variant=variant, parallel=parallel, resume=start,
+            **FIELDS,
+        )  # fmt: skip
+        together(go_on, rest) if go_on else train(rest)
+        assert losses(rest.run_folder) == [
+            (step, kind, pytest.approx(value, abs=1e-5)) for step, kind, value in tail
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_compiled_layers_train_alike(micro_data, tmp_path, alone, parallel):
+    recipe = micro_recipe(micro_data, tmp_path, compile=True, parallel=parallel, **FIELDS)
+    together(quickly_compiled, recipe)
+    same_end(recipe.run_folder, alone[0])
+
+
+def test_another_wrapper_than_the_recipes_is_refused(micro_data, tmp_path):
+    """As accelerate would take one on a CPU without a word."""
+    recipe = micro_recipe(micro_data, tmp_path, parallel="fsdp2", **FIELDS)
+    assert "torchrun" in user_error(train, recipe)
+    for kind, line, _ in together(asking_for_shards, recipe):
+        assert kind == "UserError"
+        assert "parallel: fsdp2" in line
+        assert "DistributedDataParallel" in line
+
+
+def test_a_comparison_is_reported_once(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path)
+    arguments = (recipe, ["additive", "ddl-cc"], [0], "ddl compare")
+    first, second = together(compare, *arguments)
+    assert first == second == json.loads((tmp_path / "summary.json").read_text())
+    assert (tmp_path / "report.html").is_file()
+
+
+def preempt_second(run, inputs):
+    if run.state.global_step == 12 and not is_main():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_one_stops_all_and_any_number_goes_on(micro_data, tmp_path, alone):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    stops = together(watched, recipe, preempt_second)
+    assert {stop[0] for stop in stops} == {"Interrupted"}
+    assert (recipe.run_folder / "checkpoint-13").is_dir()
+    train(recipe)  # by one process
+    same_end(recipe.run_folder, alone[0])
+
+
+def test_two_go_on_from_a_checkpoint_of_one(micro_data, tmp_path, alone):
+    start = alone[0] / "checkpoint-10"
+    recipe = micro_recipe(micro_data, tmp_path, resume=str(start), **FIELDS)
+    together(watched, recipe)
+    same = [row for row in losses(alone[0]) if row[0] > 10]
+    assert losses(recipe.run_folder) == [
+        (step, kind, pytest.approx(value, abs=1e-5)) for step, kind, value in same
+    ]
+
+
+def kill_second(run, inputs):
+    if run.state.global_step == 12 and not is_main():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_process_ends_the_others_and_restart_goes_on(micro_data, tmp_path, alone):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    began = time.monotonic()
+    (kind, line, _), dead = together(watched, recipe, kill_second)
+    assert time.monotonic() - began < 60
+    assert (kind, dead) == ("LostProcess", None)
+    assert line.startswith("rank 0 stops, because another process of this run is gone")
+    together(watched, recipe)
+    same_end(recipe.run_folder, alone[0])
+
+
+def poison_second(run, inputs):
+    if run.state.global_step == 2 and not is_main():
+        with torch.no_grad():
+            run.model.model.norm.weight.fill_(float("nan"))
+
+
+def test_a_loss_that_is_no_number_in_one_stops_all(micro_data, tmp_path, alone):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    stops = together(watched, recipe, poison_second)
+    assert {stop[0] for stop in stops} == {"Diverged"}
+    assert stops[0][1] == stops[1][1]
+    report = json.loads((recipe.run_folder / "diverged.json").read_text())
+    assert report["step"] == 3
+    assert sorted(place["sequence"] for place in report["sequences"]) == sorted(alone[1][3])
+    assert [row["loss"] is None for row in rows_of(recipe.run_folder, "loss")] == [0, 0, 1]
+    assert "diverged" in json.loads((recipe.run_folder / "result.json").read_text())
+
+
+def refused(recipe):
+    return user_error(train, recipe)
+
+
+def test_what_the_main_process_refuses_all_refuse(micro_data, tmp_path, alone):
+    recipe = micro_recipe(micro_data, alone[0].parent.parent, **{**FIELDS, "steps": 25})
+    first, second = together(refused, recipe)
+    assert first == second
+    assert "steps: 20 -> 25" in first
