@@ -26,7 +26,7 @@ test: $(READY)
 # On the machine that has the GPU, with its own CUDA build of torch: PYTEST="python3 -m pytest".
 PYTEST ?= $(BIN)/python -m pytest
 test-gpu:
-	$(PYTEST) tests/gpu tests/ops/test_fused.py tests/ops/test_fused_memory.py tests/ops/test_wide.py tests/model/test_fused_model.py tests/model/test_sharded.py
+	$(PYTEST) tests/gpu tests/ops/test_fused.py tests/ops/test_fused_memory.py tests/ops/test_wide.py tests/model/test_fused_model.py tests/model/test_sharded.py tests/train/test_processes.py
 
 mutants: $(READY)
 	$(BIN)/python scripts/mutants.py

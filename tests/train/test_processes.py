@@ -19,8 +19,12 @@ from deep_delta.train import Interrupted, train, trainer
 from deep_delta.train.processes import is_main
 from deep_delta.train.trainer import SEQUENCE, DeltaTrainer
 
-STEPS = 20
-FIELDS = {"steps": STEPS, "eval_every": 10, "eval_sequences": 7, "save_every": 10}
+pytestmark = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="needs a CPU alone, or two GPUs"
+)
+FIELDS = {
+    "steps": 20, "eval_every": 10, "eval_sequences": 7, "save_every": 10, "precision": "fp32",
+}  # fmt: skip
 
 
 def watched(recipe, action=None):

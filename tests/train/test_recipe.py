@@ -26,7 +26,7 @@ def test_every_field_survives_a_round_trip_through_yaml(tmp_path):
         "parameterization": "paper", "model": {"hidden_size": 32, "gate": "layer"},
         "micro_batch_size": 2, "mask_documents": True, "decay_residual": False,
         "precision": "bf16", "gradient_checkpointing": True, "resume": "never",
-        "compile": True, "loss": "liger",
+        "compile": True, "loss": "liger", "parallel": "fsdp2",
     }  # fmt: skip
     for field in dataclasses.fields(Recipe):
         if field.name in changed:
@@ -207,6 +207,13 @@ def test_budgets_are_whole_schedules_of_so_many_tokens(name, tokens):
     assert short.steps * short.batch_size * short.seq_len == pytest.approx(tokens, rel=1e-3)
     changed = [difference.split(":")[0] for difference in short.differences(load_recipe(long))]
     assert changed == ["steps", "warmup_steps"]
+
+
+def test_the_launch_fields_change_nothing_that_is_learned():
+    recipe = CARRIED / "medium" / "ddl-cc.yaml"
+    sharded = load_recipe(recipe, CARRIED / "launch" / "fsdp2.yaml")
+    assert sharded.parallel == "fsdp2"
+    assert sharded.differences(load_recipe(recipe)) == []
 
 
 def test_later_files_replace_fields_of_earlier_ones(tmp_path):
