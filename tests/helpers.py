@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.model.presets import VARIANTS as PRESETS
@@ -97,3 +98,19 @@ def one_line_error(call: Callable[[], object], *fragments: str) -> None:
     assert "\n" not in message.strip()
     for fragment in fragments:
         assert fragment in message
+
+
+WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
+
+
+class Waits(TorchDispatchMode):
+    """The operators that read a number back from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in WAITS:
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))

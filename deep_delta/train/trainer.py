@@ -5,15 +5,22 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Subset
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
+from deep_delta.accounting import flops_per_token
 from deep_delta.data.shards import IGNORED_LABEL, PackedSequences
 from deep_delta.errors import UserError
 from deep_delta.train.checkpoint import (
@@ -152,6 +159,11 @@ class DeltaTrainer(Trainer):
         own = [number for at, numbers, _ in passes if at == step for number in numbers.tolist()]
         sequences = [number for numbers in everyones(own) for number in numbers]
         raise NotFinite(what, value, step, sequences)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in metrics.jsonl. Trainer's estimate counts the model's parameters in every pass."""
+        ids, model = inputs["input_ids"], cast(PreTrainedModel, self.model)
+        return int(ids.numel() * flops_per_token(model.config, ids.shape[1]))
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

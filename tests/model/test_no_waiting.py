@@ -2,25 +2,9 @@
 
 import pytest
 import torch
-from helpers import tiny_config, token_ids
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import WAITS, Waits, tiny_config, token_ids
 
 from deep_delta import DeepDeltaForCausalLM
-
-WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
-
-
-class Waits(TorchDispatchMode):
-    """The operators that read a number back from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name in WAITS:
-            self.found.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("variant", ["additive", "ddl-cc", "ddl-tc"])
