@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COMPARE_DEFAULTS = {"out": "runs/compare"}
+COMPARE_DEFAULTS = {"out": "runs/compare", "trackers": "none"}  # its report has the curves
 COMPARE_DECIDES = ("variant", "seed", "resume")  # fields of a recipe that compare sets itself
 SIGNALLED = 128  # plus its number: what a shell expects of a program that a signal ended
 INTERRUPTED = SIGNALLED + 2  # Ctrl-C

@@ -31,6 +31,7 @@ from deep_delta.train.folder import (
 from deep_delta.train.metrics import MetricsWriter
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
+from deep_delta.train.trackers import Trackers
 from deep_delta.train.trainer import (
     DeltaTrainer,
     NotFinite,
@@ -53,13 +54,20 @@ def train(recipe: Recipe) -> RunResult:
     """Train by the recipe, or take up the run in its folder; returns the result.
 
     Leaves recipe.yaml, data.json (the data's hashes), weight_decay.json, metrics.jsonl, result.json
-    and final/ (a checkpoint with tokenizer that `from_pretrained` loads) in `recipe.run_folder`.
+    and final/ (a checkpoint with tokenizer that `from_pretrained` loads) in `recipe.run_folder`,
+    and what the trackers write there.
 
     Raises:
-        UserError: data, recipe or run folder that do not fit, in one line.
+        UserError: data, recipe, run folder or trackers that do not fit, in one line.
         Diverged: a loss or gradient was no number; result.json and diverged.json say where.
         Interrupted: after Ctrl-C or SIGTERM; the same call goes on from the checkpoint.
     """
+    # Closed last, when all is saved: W&B waits for the network then, for as long as it takes.
+    with Trackers(recipe.tracker_names) as trackers:
+        return _train(recipe, trackers)
+
+
+def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
     _quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
     loss = _loss(recipe, arguments.device)
@@ -94,7 +102,10 @@ def train(recipe: Recipe) -> RunResult:
         progress = ProgressLine(f"{recipe.variant} seed {recipe.seed}", recipe.steps, start)
         per_step = recipe.batch_size * recipe.seq_len
         cost = flops_per_token(config, recipe.seq_len)
-        writer = MetricsWriter(folder / "metrics.jsonl", per_step, cost, start, progress)
+        rows = folder / "metrics.jsonl"
+        writer = MetricsWriter(rows, per_step, cost, start, progress, also=trackers.log)
+        if trainer.is_world_process_zero():
+            trackers.open(recipe, config, start)
         stopper = StopOnSignal()
         trainer.remove_callback(PrinterCallback)  # the progress line says it
         trainer.add_callback(writer)

@@ -123,7 +123,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(
         train(recipe)
     monkeypatch.undo()
     names = {path.name for path in recipe.run_folder.iterdir() if path.is_dir()}
-    assert names == {"checkpoint-2"}
+    assert names == {"checkpoint-2", "tensorboard"}
     assert fault(recipe.run_folder / "checkpoint-2") is None
     train(recipe)
     same_run(recipe.run_folder, whole)
