@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+COMPARE_DEFAULTS = {"out": "runs/compare", "trackers": "none"}  # its report has the curves
 COMPARE_DECIDES = ("variant", "seed", "resume")  # fields of a recipe that compare sets itself
 SIGNALLED = 128  # plus its number: what a shell expects of a program that a signal ended
 INTERRUPTED = SIGNALLED + 2  # Ctrl-C
@@ -304,7 +305,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         print("                           only, DDL-CC and scalar DDL")
         print("  --seeds                  comma-separated; default: 0,1,2\n")
         print("Fields of the recipe:\n")
-        return _print_fields(without=COMPARE_DECIDES)
+        return _print_fields(without=COMPARE_DECIDES, defaults=COMPARE_DEFAULTS)
     _need("train", "accelerate", "psutil", "yaml")
     _need("report", "matplotlib", "rich")
     from deep_delta.compare import DEFAULT_SEEDS, DEFAULT_VARIANTS, compare
@@ -316,7 +317,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     for field in COMPARE_DECIDES:
         if field in overrides:
             raise UserError(f"compare takes no --{field}: it is about --variants and --seeds")
-    recipe = make_recipe({"out": "runs/compare", **overrides}, origin="the command line")
+    recipe = make_recipe({**COMPARE_DEFAULTS, **overrides}, origin="the command line")
     variants = options.variants.split(",") if options.variants else list(DEFAULT_VARIANTS)
     try:
         seeds = [int(s) for s in options.seeds.split(",")] if options.seeds else DEFAULT_SEEDS
@@ -334,7 +335,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _print_fields(without: Sequence[str] = ()) -> int:
+def _print_fields(without: Sequence[str] = (), defaults: Mapping[str, str] = {}) -> int:
     import dataclasses
 
     _need("train", "yaml")
@@ -344,7 +345,8 @@ def _print_fields(without: Sequence[str] = ()) -> int:
         if field.name in without:
             continue
         default = {} if field.default_factory is not dataclasses.MISSING else field.default
-        print(f"  --{field.name:<23}{field.metadata['help']} ({default})")
+        shown = defaults.get(field.name, default)
+        print(f"  --{field.name:<23}{field.metadata['help']} ({shown})")
     return 0
 
 

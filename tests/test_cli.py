@@ -114,6 +114,7 @@ def test_prepare_then_compare(ddl, here):
     assert lines[-1] == "report: runs/report.html"
     summary = json.loads((here / "runs" / "summary.json").read_text())
     assert [run["path"] for run in summary["runs"]] == ["additive/seed-4", "ddl-scalar/seed-4"]
+    assert not list((here / "runs").rglob("tensorboard")), "a comparison has its own report"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def _line(row: Row) -> str:
 
 
 class MetricsWriter(TrainerCallback):
-    """Writes metrics.jsonl and the progress line.
+    """Writes metrics.jsonl and the progress line, and gives every row to `also`.
 
     Rows at logged steps: step, tokens, flops, seconds, loss, lr, grad_norm, tokens_per_s, on a GPU
     memory_bytes (the allocator's peak so far) and, where its peak speed is known, mfu; at
@@ -62,9 +63,10 @@ class MetricsWriter(TrainerCallback):
         flops_per_token: float,
         resumed_at: int,
         progress: ProgressLine,
+        also: Callable[[Row], None],
     ):
         self.path, self.tokens_per_step, self.progress = path, tokens_per_step, progress
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.also = flops_per_token, also
         rows = keep_until(path, resumed_at) if is_main() else []
         self.seconds: float = rows[-1]["seconds"] if rows else 0.0
         self.last_step = resumed_at
@@ -147,3 +149,4 @@ class MetricsWriter(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(row))
+            self.also(row)

@@ -16,8 +16,10 @@ from deep_delta.errors import UserError
 # The data counts by its hashes, not by its path: see `folder.prepare_folder`.
 _FREE_TO_CHANGE = {
     "out", "resume", "data", "log_every", "eval_every", "save_every", "keep_checkpoints",
+    "trackers",
     "parallel",  # like the number of processes: sums in another order
 }  # fmt: skip
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass
@@ -83,6 +85,10 @@ class Recipe:
         default="torch", metadata={"help": "cross-entropy by torch, or by liger-kernel (GPU only)"}
     )
     log_every: int = field(default=10, metadata={"help": "steps between rows of metrics.jsonl"})
+    trackers: str = field(
+        default="tensorboard",
+        metadata={"help": "rows also go to: tensorboard, wandb, trackio (comma-separated) or none"},
+    )
     eval_every: int = field(default=40, metadata={"help": "steps between evaluations"})
     eval_sequences: int | None = field(
         default=200, metadata={"help": "validation sequences to use; null: all"}
@@ -113,11 +119,22 @@ class Recipe:
         for name, limit in (("min_lr_ratio", 1), ("beta1", 0.9999), ("beta2", 0.99999)):
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie in 0 to {limit}")
+        if not set(self.tracker_names) <= set(TRACKERS):
+            raise UserError(
+                f"trackers is {self.trackers!r}; it must be some of {', '.join(TRACKERS)}, "
+                "comma-separated, or none"
+            )
 
     @property
     def run_folder(self) -> Path:
         """OUT/VARIANT/seed-N."""
         return Path(self.out) / self.variant / f"seed-{self.seed}"
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """`trackers`, each of them once; empty for "none"."""
+        names = [name.strip() for name in self.trackers.split(",")]
+        return [] if names == ["none"] else list(dict.fromkeys(names))
 
     def differences(self, other: "Recipe") -> list[str]:
         """The fields in which another recipe would train another model, as "name: old -> new"."""

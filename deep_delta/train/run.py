@@ -33,6 +33,7 @@ from deep_delta.train.metrics import MetricsWriter
 from deep_delta.train.processes import is_main, lost_processes_named, on_main
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
+from deep_delta.train.trackers import Trackers
 from deep_delta.train.trainer import (
     DeltaTrainer,
     NotFinite,
@@ -55,21 +56,22 @@ def train(recipe: Recipe) -> RunResult:
     """Train by the recipe, or take up the run in its folder; returns the result.
 
     Leaves recipe.yaml, data.json (the data's hashes), weight_decay.json, metrics.jsonl, result.json
-    and final/ (a checkpoint with tokenizer that `from_pretrained` loads) in `recipe.run_folder`.
-    Called in several processes (torchrun), all train the one model; the first writes the folder,
-    which all must see, and all return its result.
+    and final/ (a checkpoint with tokenizer that `from_pretrained` loads) in `recipe.run_folder`,
+    and what the trackers write there. Called in several processes (torchrun), all train the one
+    model; the first writes the folder, which all must see, and all return its result.
 
     Raises:
-        UserError: data, recipe or run folder that do not fit, in one line.
+        UserError: data, recipe, run folder or trackers that do not fit, in one line.
         Diverged: a loss or gradient was no number; result.json and diverged.json say where.
         Interrupted: after Ctrl-C or SIGTERM; the same call goes on from the checkpoint.
         LostProcess: another process ended; the same call goes on from the newest checkpoint.
     """
-    with lost_processes_named():
-        return _train(recipe)
+    # Trackers close last, when all is saved: W&B waits for the network then, as long as it takes.
+    with lost_processes_named(), Trackers(recipe.tracker_names) as trackers:
+        return _train(recipe, trackers)
 
 
-def _train(recipe: Recipe) -> RunResult:
+def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
     _quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
     loss = _loss(recipe, arguments.device)
@@ -105,7 +107,9 @@ def _train(recipe: Recipe) -> RunResult:
         progress = ProgressLine(f"{recipe.variant} seed {recipe.seed}", recipe.steps, start)
         per_step = recipe.batch_size * recipe.seq_len
         cost = flops_per_token(config, recipe.seq_len)
-        writer = MetricsWriter(folder / "metrics.jsonl", per_step, cost, start, progress)
+        rows = folder / "metrics.jsonl"
+        writer = MetricsWriter(rows, per_step, cost, start, progress, also=trackers.log)
+        on_main(lambda: trackers.open(recipe, config, start))
         stopper = StopOnSignal()
         trainer.remove_callback(PrinterCallback)  # the progress line says it
         trainer.add_callback(writer)

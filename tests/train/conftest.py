@@ -1,4 +1,4 @@
-"""One prepared data folder for all tests of training, and a look at the batches of a run."""
+"""One prepared data folder for all tests of training, and hooks into the passes of a run."""
 
 from pathlib import Path
 
@@ -25,3 +25,23 @@ def batches(monkeypatch):
 
     monkeypatch.setattr(DeltaTrainer, "training_step", recorded)
     return seen
+
+
+@pytest.fixture
+def at_pass(monkeypatch):
+    """Call something before the training pass of a number, counted from 1."""
+
+    def plan(number, action):
+        passes = 0
+        step = DeltaTrainer.training_step
+
+        def planned(self, *arguments):
+            nonlocal passes
+            passes += 1
+            if passes == number:
+                action()
+            return step(self, *arguments)
+
+        monkeypatch.setattr(DeltaTrainer, "training_step", planned)
+
+    return plan

@@ -26,7 +26,7 @@ def test_every_field_survives_a_round_trip_through_yaml(tmp_path):
         "parameterization": "paper", "model": {"hidden_size": 32, "gate": "layer"},
         "micro_batch_size": 2, "mask_documents": True, "decay_residual": False,
         "precision": "bf16", "gradient_checkpointing": True, "resume": "never",
-        "compile": True, "loss": "liger", "parallel": "fsdp2",
+        "compile": True, "loss": "liger", "parallel": "fsdp2", "trackers": "none",
     }  # fmt: skip
     for field in dataclasses.fields(Recipe):
         if field.name in changed:
@@ -160,6 +160,7 @@ def test_merge_replaces_fields_and_merges_the_model():
 def test_differences_name_what_would_train_another_model():
     recipe = Recipe(steps=7)
     free = {"out": "b", "resume": "never", "log_every": 1, "eval_every": 1, "save_every": 1}
+    free["trackers"] = "none"
     assert dataclasses.replace(recipe, **free, keep_checkpoints=5).differences(recipe) == []
     other = dataclasses.replace(recipe, steps=8, model={"gate": "layer"})
     assert other.differences(recipe) == ["model: {} -> {'gate': 'layer'}", "steps: 7 -> 8"]

@@ -18,27 +18,6 @@ from train.micro import equal_weights, losses, micro_recipe, rows_of, some_text,
 from deep_delta.data import prepare
 from deep_delta.train import Interrupted, read_result, train
 from deep_delta.train.checkpoint import fault
-from deep_delta.train.trainer import DeltaTrainer
-
-
-@pytest.fixture
-def at_pass(monkeypatch):
-    """Call something before the training pass of a number, counted from 1."""
-
-    def plan(number, action):
-        passes = 0
-        step = DeltaTrainer.training_step
-
-        def planned(self, *arguments):
-            nonlocal passes
-            passes += 1
-            if passes == number:
-                action()
-            return step(self, *arguments)
-
-        monkeypatch.setattr(DeltaTrainer, "training_step", planned)
-
-    return plan
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +123,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(
         train(recipe)
     monkeypatch.undo()
     names = {path.name for path in recipe.run_folder.iterdir() if path.is_dir()}
-    assert names == {"checkpoint-2"}
+    assert names == {"checkpoint-2", "tensorboard"}
     assert fault(recipe.run_folder / "checkpoint-2") is None
     train(recipe)
     same_run(recipe.run_folder, whole)

@@ -27,6 +27,7 @@ def test_a_run_folder_is_complete(micro_data, tmp_path):
     folder = tmp_path / "ddl-cc" / "seed-0"
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml", "data.json", "metrics.jsonl", "weight_decay.json", "result.json", "final",
+        "tensorboard",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == recipe
     assert read_result(folder) == result
@@ -68,7 +69,7 @@ def test_a_gpus_memory_and_utilisation_are_logged(tmp_path, monkeypatch, name, k
         is_available=lambda: True, max_memory_allocated=lambda: 7, get_device_name=lambda: name
     )
     monkeypatch.setattr(metrics, "torch", SimpleNamespace(cuda=cuda))
-    writer = MetricsWriter(tmp_path / "rows", 100, 1e9, 0, ProgressLine("x", 9))
+    writer = MetricsWriter(tmp_path / "rows", 100, 1e9, 0, ProgressLine("x", 9), also=print)
     writer.started = time.perf_counter()
     state = SimpleNamespace(global_step=3, is_world_process_zero=True)
     writer.on_log(SimpleNamespace(world_size=2), state, None, {"loss": 1.0})
