@@ -4,6 +4,7 @@ Attention, MLP and rotary embedding are transformers' own (Qwen3's), so every at
 works; the residual is whatever the configuration says, and nothing here asks which one it is.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -241,6 +242,18 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         )
 
 
+class LanguageHead(nn.Linear):
+    """Logits of hidden states, or what `function` makes of them and of the weight.
+
+    Whatever reads the weight does so in here, because FSDP gathers it for this call alone.
+    """
+
+    def forward(
+        self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        return super().forward(hidden) if function is None else function(hidden, self.weight)
+
+
 class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
     """The language model: `DeepDeltaModel` and a head tied to the embeddings.
 
@@ -254,7 +267,7 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DeepDeltaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageHead(config.hidden_size, config.vocab_size, bias=False)
         self.linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
         self.post_init()
 
@@ -294,13 +307,13 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         if has_labels and skip_logits:
             given = ("num_items_in_batch", "shift_labels", "ignore_index")
-            loss = self.linear_cross_entropy(
-                outputs.last_hidden_state,
-                self.lm_head.weight,
-                labels,
+            loss_of = functools.partial(
+                self.linear_cross_entropy,
+                labels=labels,
                 multiplier=self.config.logit_factor,
                 **{name: kwargs[name] for name in given if name in kwargs},
             )
+            loss = self.lm_head(outputs.last_hidden_state, loss_of)
         else:
             keep = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
