@@ -4,9 +4,6 @@ import dataclasses
 import gc
 import json
 import platform
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from deep_delta.compare.summary import summarise
 from deep_delta.errors import UserError
 from deep_delta.model.presets import VARIANTS, lookup
 from deep_delta.report import print_table, write_report
+from deep_delta.report.provenance import commit, versions
 from deep_delta.train import Diverged, Recipe, RunResult, read_metrics, read_result, train
 from deep_delta.train.processes import on_main, processes
 
@@ -68,9 +66,9 @@ def _report(
     out = Path(recipe.out)
     context = {
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": hardware(),
-        "versions": _versions(),
+        "versions": versions("torch", "transformers", "accelerate"),
         "recipe": _shared_fields(recipe),
     }
     baseline = BASELINE if BASELINE in variants else None
@@ -113,29 +111,3 @@ def _shared_fields(recipe: Recipe) -> dict[str, Any]:
     for name in ("variant", "seed", "out", "resume"):
         del fields[name]
     return fields
-
-
-def _commit() -> str | None:
-    """The commit of a checkout of this library, with "+" for uncommitted changes; else None."""
-    checkout = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(checkout), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != checkout:
-            return None  # installed somewhere inside another project's repository
-        return git("describe", "--always", "--dirty=+", "--abbrev=12")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("deep-delta-learning", "torch", "transformers", "accelerate"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions

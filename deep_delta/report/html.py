@@ -1,12 +1,11 @@
 """``report.html``: the comparison as one self-contained page, and its charts as PNG files."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from deep_delta.report import numbers, plots, render
+from deep_delta.report import numbers, parts, plots, render
 from deep_delta.report.curves import Axis, Curves, over_seeds
 from deep_delta.report.page import whole_page
 from deep_delta.report.table import Summary, column_names, conclusions, interval_name, summary_rows
@@ -29,9 +28,9 @@ def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
     seconds = plots.loss_curves(curves, "seconds")
     sections = [
         _headline(summary),
-        _section("Results", _results_table(summary)),
-        _section("Loss against tokens", _curve_figure(tokens, curves, "tokens")),
-        _section("Loss against wall-clock", _curve_figure(seconds, curves, "seconds")),
+        parts.section("Results", _results_table(summary)),
+        parts.section("Loss against tokens", _curve_figure(tokens, curves, "tokens")),
+        parts.section("Loss against wall-clock", _curve_figure(seconds, curves, "seconds")),
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
     render.save_png(tokens, out_dir / TOKENS_PNG)
@@ -44,19 +43,15 @@ def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
     else:
         content = "<p>No differences: the baseline was not run, or it was run alone.</p>"
     sections += [
-        _section("Paired differences", content),
-        _section("Every run", _runs_table(summary)),
-        _section("How it was run", _provenance(summary)),
-        _section("How to read this", _caveats(summary)),
+        parts.section("Paired differences", content),
+        parts.section("Every run", _runs_table(summary)),
+        parts.section("How it was run", _provenance(summary)),
+        parts.section("How to read this", _caveats(summary)),
     ]
     page = whole_page("Residual variants compared", "\n".join(sections))
     path = out_dir / REPORT_NAME
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
 
 
 def _headline(summary: Summary) -> str:
@@ -77,32 +72,12 @@ def _headline(summary: Summary) -> str:
     )
 
 
-def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cell(tag: str, name: str, text: str, scope: str = "") -> str:
-        words = ' class="words"' if name in _TEXT_COLUMNS else ""
-        return f"<{tag}{scope}{words}>{escape(text)}</{tag}>"
-
-    head = "".join(cell("th", name, name, ' scope="col"') for name in names)
-    body = ""
-    for row in rows:
-        first, *others = zip(names, row, strict=True)
-        cells = "".join(cell("td", name, text) for name, text in others)
-        header = cell("th", *first, ' scope="row"')
-        body += f"<tr>{header}{cells}</tr>\n"
-    return (
-        # Outside of the table, where it does not scroll away with it on a narrow screen.
-        f'<p class="quiet">{escape(caption)}</p>\n'
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
-        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>"
-    )
-
-
 def _results_table(summary: Summary) -> str:
     caption = (
         "Mean ± standard deviation over n seeds; differences paired by seed; FLOPs forward and "
         "backward."
     )
-    return _table(caption, column_names(summary), summary_rows(summary))
+    return parts.table(caption, column_names(summary), summary_rows(summary), _TEXT_COLUMNS)
 
 
 def _runs_table(summary: Summary) -> str:
@@ -120,14 +95,8 @@ def _runs_table(summary: Summary) -> str:
         ]
         for run in summary["runs"]
     ]
-    return _table("One line per training run.", [*names, "peak memory", "directory"], rows)
-
-
-def _figure(drawing: str, label: str, caption: str) -> str:
-    return (
-        f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">\n'
-        f"{drawing}\n</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
-    )
+    names += ["peak memory", "directory"]
+    return parts.table("One line per training run.", names, rows, _TEXT_COLUMNS)
 
 
 def _curve_figure(figure: Any, curves: Curves, x: Axis) -> str:
@@ -143,7 +112,7 @@ def _curve_figure(figure: Any, curves: Curves, x: Axis) -> str:
         "steep start leaves the view at the top."
     )
     drawing = render.inline_svg(figure, f"loss-{x}", title, description)
-    return _figure(drawing, title, caption)
+    return parts.figure(drawing, title, caption)
 
 
 def _differences(summary: Summary) -> dict[str, Mapping[str, Any]]:
@@ -161,29 +130,14 @@ def _forest_figure(figure: Any, summary: Summary) -> str:
         "Hollow marker: fewer than three seeds, no interval."
     )
     description = " ".join(conclusions(summary))
-    return _figure(render.inline_svg(figure, "differences", title, description), title, caption)
+    return parts.figure(
+        render.inline_svg(figure, "differences", title, description), title, caption
+    )
 
 
 def _provenance(summary: Summary) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    facts = [
-        ("Command", f"<code>{escape(summary['command'])}</code>"),
-        ("Commit", f"<code>{escape(summary['commit'] or 'not in a git repository')}</code>"),
-        ("Hardware", escape(summary["hardware"])),
-        ("Versions", escape(versions)),
-        (
-            "Recipe, the same for every variant",
-            "<br>".join(
-                f"<code>{escape(field)} = {escape(_value(value))}</code>"
-                for field, value in summary["recipe"].items()
-            ),
-        ),
-    ]
-    return "<dl>\n" + "\n".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in facts) + "\n</dl>"
-
-
-def _value(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    recipe = ("Recipe, the same for every variant", parts.assignments(summary["recipe"]))
+    return parts.facts([*parts.provenance(summary), recipe])
 
 
 def _caveats(summary: Summary) -> str:
@@ -204,4 +158,4 @@ def _caveats(summary: Summary) -> str:
         "All variants share the recipe above. None had a learning rate of its own, and another "
         "recipe may favour another variant.",
     ]
-    return "<ul>\n" + "\n".join(f"<li>{escape(point)}</li>" for point in points) + "\n</ul>"
+    return parts.bullets(points)

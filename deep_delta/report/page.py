@@ -1,4 +1,4 @@
-"""The frame and the style sheet of ``report.html``; no content."""
+"""The frame and the style sheet of every report page; no content."""
 
 from string import Template
 
