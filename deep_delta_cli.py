@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors a person can mend are one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = _parser().parse_known_args(words)
-    if rest and options.run in (_prepare, _bench):
+    if rest and options.run in (_prepare, _eval, _bench):
         near = difflib.get_close_matches(rest[0], [f"--{name}" for name in options.known], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"see ddl {words[0]} --help"
         return _fail(f"unknown option {rest[0]!r}; {hint}")
@@ -124,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("-h", "--help", action="store_true")
     compare.set_defaults(run=_compare)
 
+    _add_eval(jobs)
+
     bench = jobs.add_parser(
         "bench",
         help="time operations or whole models, checked against the reference first",
@@ -135,6 +137,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(whats, "op", "single operations: time and share of copy bandwidth", BENCH_OP)
     _add_bench(whats, "model", "training steps and prefill of whole models", BENCH_MODEL)
     return parser
+
+
+def _add_eval(jobs) -> None:
+    parser = jobs.add_parser(
+        "eval",
+        help="loss on prepared text and scores on tasks, for one checkpoint",
+        description="Evaluate one checkpoint (a folder that save_pretrained or ddl train wrote): "
+        "the loss on the validation split of --data, and the paper's eight multiple-choice tasks "
+        "through lm-evaluation-harness. Without --data the tasks alone, with it they need --tasks "
+        "or --task-data. An interrupted run goes on with the parts that are missing.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT")
+    add("--data", type=Path, metavar="DIR", help="a folder made by ddl prepare")
+    add("--tasks", type=_names, help="comma-separated, or all")
+    add("--shots", type=_shots, default="0,1", help="examples before a question (0,1)")
+    add("--task-data", type=Path, metavar="DIR", help="TASK/SPLIT.jsonl files; default: the hub")
+    add("--batch-size", type=_count, default=8, metavar="N", help="sequences at once (8)")
+    add("--context", type=_count, metavar="N", help="tokens of a window; default: the model's")
+    add("--limit", type=_count, metavar="N", help="the first N documents and questions: a trial")
+    add("--out", type=Path, metavar="DIR", help="default: CHECKPOINT-eval")
+    known = ("data", "tasks", "shots", "task-data", "batch-size", "context", "limit", "out")
+    parser.set_defaults(run=_eval, known=known)
 
 
 def _add_bench(whats, what: str, about: str, options: Mapping[str, tuple[Any, ...]]) -> None:
@@ -194,6 +220,10 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
+
+
+def _shots(text: str) -> list[int]:
+    return [_whole(part, least=0) for part in text.split(",")]
 
 
 def _rebuild(text: str) -> list[int | str]:
@@ -332,6 +362,28 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         line = "interrupted; the same command goes on with what is missing"
         return _fail(line, SIGNALLED + stop.signal)
     leave()
+    return 0
+
+
+def _eval(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("report", "matplotlib")
+    names = options.tasks or (["all"] if options.task_data or not options.data else [])
+    if names:
+        _need("eval", "lm_eval")
+    from deep_delta.evaluate import TASKS, Settings, evaluate
+
+    folder = options.checkpoint
+    settings = Settings(
+        data=options.data,
+        tasks=tuple(TASKS if names == ["all"] else names),
+        shots=tuple(options.shots),
+        task_data=options.task_data,
+        batch_size=options.batch_size,
+        context=options.context,
+        limit=options.limit,
+    )
+    out = options.out or folder.with_name(f"{folder.resolve().name}-eval")
+    evaluate(folder, out, settings, "ddl " + shlex.join(sys.argv[1:]))
     return 0
 
 

@@ -11,6 +11,8 @@ from deep_delta.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
+# May lie beside a split's shards: for each document, in order, a line with the source it is of.
+SOURCES_NAME = "{split}.sources.txt"
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,14 @@ def save_png(figure: "Figure", path: Path) -> None:
         )
 
 
+def save_svg(figure: "Figure", path: Path) -> None:
+    """Write an SVG on white; the same figure gives the same bytes."""
+    matplotlib, _ = _matplotlib()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": path.name}):
+        figure.savefig(path, format="svg", facecolor=LIGHT_BACKGROUND, metadata=nothing)
+
+
 def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str:
     """The figure as an ``<svg role="img">`` element to put into a page.
 

@@ -1,0 +1,219 @@
+"""Validation loss, perplexity and bits per byte on a folder that `ddl prepare` made.
+
+What is counted: every token of every document, once, in nats. End-of-text tokens are never
+predicted; one stands before each document as its only context. Loss is the mean over these tokens,
+perplexity its exponential, and bits per byte their sum in bits over the UTF-8 bytes of the
+documents' text.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from deep_delta.data import Manifest, TokenShards, check_tokenizer
+from deep_delta.data.files import sha256_of
+from deep_delta.data.manifest import SOURCES_NAME
+from deep_delta.data.tokenizer import TOKENIZER_NAME
+from deep_delta.errors import UserError
+from deep_delta.evaluate.bootstrap import Array, ratio_intervals
+from deep_delta.evaluate.checkpoint import Checkpoint
+from deep_delta.evaluate.windows import Window, windows
+
+SPLIT = "val"
+LEVEL = 0.95
+IGNORED = -100
+READ_TOKENS = 4_000_000  # tokens of whole documents that are in memory at once
+DECODED_DOCUMENTS = 256
+
+
+def data_identity(folder: Path) -> dict[str, Any]:
+    """What the result on a data folder depends on: hashes of the split's shards and sources.
+
+    Errors: UserError for a folder that is not prepared.
+    """
+    manifest = Manifest.load(folder)
+    split = manifest.splits.get(SPLIT)
+    names = [[shard.name, shard.sha256] for shard in split.shards] if split else []
+    sources = folder / SOURCES_NAME.format(split=SPLIT)
+    return {
+        "shards_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "sources_sha256": sha256_of(sources) if sources.is_file() else None,
+    }
+
+
+def text_loss(
+    checkpoint: Checkpoint, folder: Path, context: int, batch_size: int, limit: int | None
+) -> dict[str, Any]:
+    """Loss on the validation split of a prepared folder, with intervals over what is independent.
+
+    context: tokens of a window; see `windows`. limit: the first documents only; None for all.
+
+    Returns loss and perplexity (nats per token), bits_per_byte, each a dict of mean, low and high
+    (None without an interval); documents, tokens, bytes; groups, grouped_by ("source" or
+    "document"); level.
+
+    Errors: UserError for data that can't be read or was made with another tokenizer.
+    """
+    shards = TokenShards.open(folder, SPLIT)
+    tokenizer = _check_tokenizers(checkpoint, shards.manifest, folder)
+    borders = _borders(shards)[: None if limit is None else limit + 1]
+    documents = len(borders) - 1
+    if documents == 0:
+        raise UserError(f"{folder} has no whole document in the split {SPLIT!r}")
+    sources = _sources(folder, shards.manifest.splits[SPLIT].documents)
+    nats, text_bytes = np.zeros(documents), np.zeros(documents)
+    with tqdm(total=int(borders[-1]), desc="validation loss", unit=" tokens") as bar:
+        for first, last in _blocks(borders):
+            block = [
+                shards.tokens(int(borders[i]), int(borders[i + 1]) - 1) for i in range(first, last)
+            ]
+            text_bytes[first:last] = _text_bytes(block, tokenizer)
+            eot = shards.manifest.eot_id
+            for document, total in _losses(checkpoint, block, eot, context, batch_size):
+                nats[first + document] += total
+            bar.update(int(borders[last] - borders[first]))
+    tokens = np.diff(borders) - 1.0
+    return _summary(nats, tokens, text_bytes, None if sources is None else sources[:documents])
+
+
+def _summary(
+    nats: np.ndarray, tokens: np.ndarray, text_bytes: np.ndarray, sources: list[str] | None
+) -> dict[str, Any]:
+    """The result from what each document has; arrays (documents,)."""
+    groups = np.arange(len(nats))
+    if sources is not None:
+        groups = np.unique(sources, return_inverse=True)[1]
+    sums: list[Array] = [
+        np.bincount(groups, weights=values) for values in (nats, tokens, text_bytes)
+    ]
+    loss, bits = ratio_intervals(sums[0], sums[1:], LEVEL)
+    per_token, per_byte = nats.sum() / tokens.sum(), nats.sum() / text_bytes.sum()
+    low, high = loss or (None, None)
+    return {
+        "loss": {"mean": float(per_token), "low": low, "high": high},
+        "perplexity": {
+            "mean": math.exp(per_token),
+            "low": None if low is None else math.exp(low),
+            "high": None if high is None else math.exp(high),
+        },
+        "bits_per_byte": {
+            "mean": float(per_byte / math.log(2)),
+            "low": None if bits is None else bits[0] / math.log(2),
+            "high": None if bits is None else bits[1] / math.log(2),
+        },
+        "documents": len(nats),
+        "tokens": int(tokens.sum()),
+        "bytes": int(text_bytes.sum()),
+        "groups": len(sums[0]),
+        "grouped_by": "document" if sources is None else "source",
+        "level": LEVEL,
+    }
+
+
+def _losses(
+    checkpoint: Checkpoint, block: list[np.ndarray], eot: int, context: int, batch_size: int
+) -> Iterator[tuple[int, float]]:
+    """(document in the block, nats) of every window, in batches of like length, longest first."""
+    pending = [w for i, ids in enumerate(block) for w in windows(i, len(ids), context)]
+    pending.sort(key=lambda window: window.start - window.stop)
+    for at in range(0, len(pending), batch_size):
+        batch = pending[at : at + batch_size]
+        yield from zip(
+            (window.document for window in batch),
+            _batch_nats(checkpoint, block, batch, eot),
+            strict=True,
+        )
+
+
+@torch.inference_mode()
+def _batch_nats(
+    checkpoint: Checkpoint, block: list[np.ndarray], batch: list[Window], eot: int
+) -> list[float]:
+    model = checkpoint.model
+    length = max(window.stop - window.start for window in batch)
+    # What comes after a row's end does not reach it: attention and convolutions look back only.
+    inputs = torch.full((len(batch), length), eot)
+    targets = torch.full((len(batch), length), IGNORED)
+    for row, window in enumerate(batch):
+        ids = torch.from_numpy(block[window.document])
+        given = F.pad(ids, (1, 0), value=eot)
+        inputs[row, : window.stop - window.start] = given[window.start : window.stop]
+        counted = slice(window.first - window.start, window.stop - window.start)
+        targets[row, counted] = ids[window.first : window.stop]
+    hidden = model.model(inputs.to(model.device), use_cache=False).last_hidden_state
+    nats = []
+    for row in range(len(batch)):  # the logits of one row at a time: they are larger than the model
+        logits = model.lm_head(hidden[row]).float() * model.config.logit_factor
+        each = F.cross_entropy(
+            logits, targets[row].to(model.device), ignore_index=IGNORED, reduction="none"
+        )
+        nats.append(float(each.double().sum()))
+    return nats
+
+
+def _borders(shards: TokenShards) -> np.ndarray:
+    """Where documents start: document i is tokens i up to i + 1, its end-of-text token included."""
+    ends = [np.zeros(1, dtype=np.int64)]
+    for start in range(0, len(shards), READ_TOKENS):
+        ids = shards.tokens(start, min(len(shards), start + READ_TOKENS))
+        ends.append(np.flatnonzero(ids == shards.manifest.eot_id) + start + 1)
+    return np.concatenate(ends)
+
+
+def _blocks(borders: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive documents of about READ_TOKENS tokens, at least one each."""
+    first = 0
+    while first < len(borders) - 1:
+        last = int(np.searchsorted(borders, borders[first] + READ_TOKENS, side="right")) - 1
+        last = max(first + 1, last)
+        yield first, last
+        first = last
+
+
+def _text_bytes(block: list[np.ndarray], tokenizer: Tokenizer) -> list[int]:
+    """UTF-8 bytes of each document's text, decoded."""
+    counts = []
+    for at in range(0, len(block), DECODED_DOCUMENTS):
+        ids = [document.tolist() for document in block[at : at + DECODED_DOCUMENTS]]
+        texts = tokenizer.decode_batch(ids, skip_special_tokens=False)
+        counts += [len(text.encode()) for text in texts]
+    return counts
+
+
+def _sources(folder: Path, documents: int) -> list[str] | None:
+    """The source of each document, where the folder names them; None where it does not."""
+    path = folder / SOURCES_NAME.format(split=SPLIT)
+    if not path.is_file():
+        return None
+    names = path.read_text(encoding="utf-8").splitlines()
+    if len(names) != documents:
+        raise UserError(
+            f"{path} names {len(names):,} sources for {documents:,} documents: it needs a line each"
+        )
+    return names
+
+
+def _check_tokenizers(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Tokenizer:
+    """The data's tokenizer. UserError where the model or its own tokenizer does not fit it."""
+    check_tokenizer(manifest, checkpoint.model.config.vocab_size)
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
+    known = checkpoint.tokenizer_sha256
+    if known is not None and known != manifest.tokenizer_sha256:
+        theirs = checkpoint.tokenizer().get_vocab()
+        # Saved again by transformers it has other bytes, and is the same tokenizer.
+        if theirs != tokenizer.get_vocab(with_added_tokens=True):
+            raise UserError(
+                f"{folder} was made with another tokenizer than that of {checkpoint.folder}: "
+                f"prepare the text with --tokenizer {checkpoint.folder}"
+            )
+    return tokenizer
