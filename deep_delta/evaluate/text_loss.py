@@ -24,7 +24,7 @@ from deep_delta.data.files import sha256_of
 from deep_delta.data.manifest import SOURCES_NAME
 from deep_delta.data.tokenizer import TOKENIZER_NAME
 from deep_delta.errors import UserError
-from deep_delta.evaluate.bootstrap import Array, ratio_intervals
+from deep_delta.evaluate.bootstrap import ratio_intervals
 from deep_delta.evaluate.checkpoint import Checkpoint
 from deep_delta.evaluate.windows import Window, windows
 
@@ -93,8 +93,9 @@ def _summary(
     groups = np.arange(len(nats))
     if sources is not None:
         groups = np.unique(sources, return_inverse=True)[1]
-    sums: list[Array] = [
-        np.bincount(groups, weights=values) for values in (nats, tokens, text_bytes)
+    sums = [
+        np.bincount(groups, weights=values).astype(np.float64)
+        for values in (nats, tokens, text_bytes)
     ]
     loss, bits = ratio_intervals(sums[0], sums[1:], LEVEL)
     per_token, per_byte = nats.sum() / tokens.sum(), nats.sum() / text_bytes.sum()

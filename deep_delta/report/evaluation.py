@@ -117,7 +117,9 @@ def _loss(summary: Evaluation) -> str:
         else f"no interval, there are only {groups}"
     )
     rows = [list(row) for row in loss_rows(loss)]
-    return parts.table(f"Every token predicted once; {interval}.", ["measure", "value"], rows)
+    return parts.table(
+        f"Every token predicted once; {interval}.", ["measure", "value"], rows, {"measure"}
+    )
 
 
 SCORE_COLUMNS = [
@@ -163,7 +165,7 @@ def _scores_table(summary: Evaluation, average: Mapping[str, Any]) -> str:
         "Accuracy ± standard error over the examples; “shown” is the metric set beside the paper's "
         "number and averaged."
     )
-    return parts.table(caption, SCORE_COLUMNS, score_rows(summary, average), {"shown"})
+    return parts.table(caption, SCORE_COLUMNS, score_rows(summary, average), {"task", "shown"})
 
 
 def _chart(summary: Evaluation, average: Mapping[str, Any], chart: Any) -> str:
@@ -184,7 +186,7 @@ def _chart(summary: Evaluation, average: Mapping[str, Any], chart: Any) -> str:
     drawing = render.inline_svg(
         chart, f"scores-{shots}", title, "Accuracy in per cent: " + "; ".join(said) + "."
     )
-    return parts.figure(drawing, title, caption)
+    return parts.figure(drawing, title, caption, narrow=True)
 
 
 def _provenance(summary: Evaluation) -> str:

@@ -35,6 +35,7 @@ td.words { white-space: normal; min-width: 8rem; }
 th:first-child { padding-left: 0; position: sticky; left: 0; background: var(--back); }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; min-width: 30rem; max-width: 50rem; height: auto; }
+figure.narrow svg { min-width: 0; max-width: 34rem; }
 figcaption { max-width: 46rem; margin-top: .4rem; }
 dt { font-weight: 600; margin-top: .6rem; }
 dd { margin: 0; overflow-wrap: anywhere; }

@@ -47,10 +47,14 @@ def table(
     )
 
 
-def figure(drawing: str, label: str, caption: str) -> str:
-    """A drawing (HTML) that scrolls by itself, with a caption (text) below."""
+def figure(drawing: str, label: str, caption: str, narrow: bool = False) -> str:
+    """A drawing (HTML) that scrolls by itself, with a caption (text) below.
+
+    ``narrow``: it was drawn for the width of a phone, and fits there without scrolling.
+    """
+    mark = ' class="narrow"' if narrow else ""
     return (
-        f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">\n'
+        f'<figure{mark}>\n<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">\n'
         f"{drawing}\n</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
     )
 
