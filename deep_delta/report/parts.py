@@ -54,7 +54,8 @@ def figure(drawing: str, label: str, caption: str, narrow: bool = False) -> str:
     """
     mark = ' class="narrow"' if narrow else ""
     return (
-        f'<figure{mark}>\n<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">\n'
+        f"<figure{mark}>\n"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">\n'
         f"{drawing}\n</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
     )
 
