@@ -74,7 +74,9 @@ def test_help_answers_at_once_and_loads_no_torch():
         done = subprocess.run([DDL, "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
-    assert all(command in done.stdout for command in ("prepare", "train", "compare", "bench"))
+    assert all(
+        command in done.stdout for command in ("prepare", "train", "compare", "eval", "bench")
+    )
     code = "import deep_delta_cli, sys; print({'torch', 'transformers'} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert printed == "set()\n"

@@ -60,7 +60,7 @@ def test_the_readme_has_something_to_run():
         words[0] for language, text in texts if language == "sh" for words in ddl_lines(text)
     ]
     assert "import" in python
-    assert {"prepare", "train", "compare"} <= set(commands)
+    assert {"prepare", "train", "compare", "eval"} <= set(commands)
 
 
 @pytest.mark.slow
@@ -73,5 +73,5 @@ def test_the_readme_runs(reader, capsys):
         for words in ddl_lines(text):
             if words[0] == "prepare":
                 make_inputs(words)
-            shrink = SHRINK if words[0] != "prepare" else []
+            shrink = {"prepare": [], "eval": ["--limit", "5"]}.get(words[0], SHRINK)
             assert deep_delta_cli.main([*words, *shrink]) == 0, capsys.readouterr().err
