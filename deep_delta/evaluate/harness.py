@@ -20,8 +20,7 @@ from deep_delta.evaluate.checkpoint import Checkpoint
 from deep_delta.evaluate.tasks import SAME_WORDS, TASKS, local_files, read_rows
 
 METRICS = ("acc", "acc_norm")
-EXAMPLES = "examples"
-
+EXAMPLES = "examples"  # the split of local data that examples are drawn from
 
 # Where the harness keeps our eight: a list of all its thousands of tasks takes seconds to make.
 FOLDERS = ("arc", "hellaswag", "openbookqa", "piqa", "sciq", "siqa", "winogrande")
@@ -86,12 +85,13 @@ class Harness:
                 for metric in metrics
             ],
         }
-        if task_data is not None:
-            changed |= _local(name, shots, task_data)
-        # A task with fields changed is loaded as the member of a group.
-        spec = {"group": "ddl", "task": [changed]}
         try:
-            return self.tasks.load([spec])["tasks"][name]
+            if task_data is not None:
+                changed |= _local(name, shots, task_data)
+            # A task with fields changed is loaded as the member of a group.
+            return self.tasks.load([{"group": "ddl", "task": [changed]}])["tasks"][name]
+        except UserError:
+            raise
         except Exception as error:  # the hub client and the network below it raise dozens of kinds
             source = f"from {task_data}" if task_data else "from the hub"
             hint = "" if task_data else "; --task-data DIR reads local files"

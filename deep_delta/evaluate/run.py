@@ -18,6 +18,7 @@ from deep_delta.evaluate.tasks import TASKS, check_names, local_files
 from deep_delta.evaluate.text_loss import data_identity, text_loss
 from deep_delta.report.evaluation import print_evaluation, write_evaluation
 from deep_delta.report.provenance import commit, versions
+from deep_delta.version import __version__
 
 RESULTS = "results.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
@@ -70,6 +71,7 @@ def evaluate(folder: Path, out: Path, settings: Settings, command: str) -> dict[
     context = _context(checkpoint, settings)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     common = {
+        "deep_delta": __version__,
         "weights_sha256": checkpoint.weights_sha256,
         "tokenizer_sha256": checkpoint.tokenizer_sha256,
         "context": context,

@@ -89,6 +89,10 @@ def test_a_bad_record_is_named(refused, checkpoint, task_data, tmp_path):
     (folder / "piqa" / "validation.jsonl").write_text('{"goal": "a"}\n')
     words = [checkpoint, "--task-data", folder, "--tasks", "piqa", "--out", tmp_path / "out"]
     assert "validation.jsonl, line 1: the record has no 'sol1'" in refused(*words)
+    rows = [{"goal": "a", "sol1": "b", "sol2": "c", "label": label} for label in (0, "one")]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "piqa" / "validation.jsonl").write_text(text)
+    assert f"can't load piqa from {folder}" in refused(*words)
 
 
 def test_the_loss_needs_no_lm_eval(checkpoint, data, tmp_path, monkeypatch, capsys, refused):
