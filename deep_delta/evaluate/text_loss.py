@@ -68,21 +68,23 @@ def text_loss(
     tokenizer = _check_tokenizers(checkpoint, shards.manifest, folder)
     borders = _borders(shards)[: None if limit is None else limit + 1]
     documents = len(borders) - 1
-    if documents == 0:
+    tokens = np.diff(borders) - 1.0
+    if not tokens.sum():
         raise UserError(f"{folder} has no whole document in the split {SPLIT!r}")
     sources = _sources(folder, shards.manifest.splits[SPLIT].documents)
     nats, text_bytes = np.zeros(documents), np.zeros(documents)
-    with tqdm(total=int(borders[-1]), desc="validation loss", unit=" tokens") as bar:
+    with tqdm(total=int(tokens.sum()), desc="validation loss", unit=" tokens") as bar:
         for first, last in _blocks(borders):
             block = [
                 shards.tokens(int(borders[i]), int(borders[i + 1]) - 1) for i in range(first, last)
             ]
             text_bytes[first:last] = _text_bytes(block, tokenizer)
             eot = shards.manifest.eot_id
-            for document, total in _losses(checkpoint, block, eot, context, batch_size):
-                nats[first + document] += total
-            bar.update(int(borders[last] - borders[first]))
-    tokens = np.diff(borders) - 1.0
+            for window, total in _losses(checkpoint, block, eot, context, batch_size):
+                nats[first + window.document] += total
+                bar.update(window.stop - window.first)
+    if not np.isfinite(nats).all():
+        raise UserError(f"{checkpoint.folder} gives losses that are no numbers: it has diverged")
     return _summary(nats, tokens, text_bytes, None if sources is None else sources[:documents])
 
 
@@ -123,17 +125,13 @@ def _summary(
 
 def _losses(
     checkpoint: Checkpoint, block: list[np.ndarray], eot: int, context: int, batch_size: int
-) -> Iterator[tuple[int, float]]:
-    """(document in the block, nats) of every window, in batches of like length, longest first."""
+) -> Iterator[tuple[Window, float]]:
+    """Every window of the block with its nats, in batches of like length, longest first."""
     pending = [w for i, ids in enumerate(block) for w in windows(i, len(ids), context)]
     pending.sort(key=lambda window: window.start - window.stop)
     for at in range(0, len(pending), batch_size):
         batch = pending[at : at + batch_size]
-        yield from zip(
-            (window.document for window in batch),
-            _batch_nats(checkpoint, block, batch, eot),
-            strict=True,
-        )
+        yield from zip(batch, _batch_nats(checkpoint, block, batch, eot), strict=True)
 
 
 @torch.inference_mode()

@@ -118,3 +118,9 @@ def test_another_tokenizer_is_refused(loaded, data, tmp_path, monkeypatch):
     monkeypatch.setattr(type(loaded), "tokenizer", lambda self: type("T", (), {"get_vocab": dict}))
     other = type(loaded)(**{**vars(loaded), "tokenizer_sha256": "0" * 64})
     assert "another tokenizer" in user_error(lambda: text_loss(other, folder, 16, 16, 1))
+
+
+def test_a_diverged_model_is_one_line(checkpoint, data):
+    broken = load_checkpoint(checkpoint)
+    broken.model.model.norm.weight.data.fill_(math.nan)
+    assert "no numbers" in user_error(lambda: text_loss(broken, data, 16, 16, 2))
