@@ -164,6 +164,8 @@ def variant_name(model: DeepDeltaForCausalLM) -> str | None:
     """The preset that the model's residual is of, if it is one's."""
     defaults = {"residual": "delta", "erase": True}
     for name, fields in VARIANTS.items():
-        if all(getattr(model.config, key) == value for key, value in {**defaults, **fields}.items()):
+        if all(
+            getattr(model.config, key) == value for key, value in {**defaults, **fields}.items()
+        ):
             return name
     return None

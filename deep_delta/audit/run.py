@@ -144,7 +144,9 @@ def _batches(
 
 def _names(checkpoints: Sequence[Path], models: Sequence[Any]) -> list[str]:
     """The variants, or the folders where two models are of one variant or of none."""
-    names = [variant_name(model) or str(path) for path, model in zip(checkpoints, models, strict=True)]
+    names = [
+        variant_name(model) or str(path) for path, model in zip(checkpoints, models, strict=True)
+    ]
     return [str(path) for path in checkpoints] if len(set(names)) < len(names) else names
 
 

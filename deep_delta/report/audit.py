@@ -29,7 +29,10 @@ def write_audit(summary: Summary, out_dir: Path) -> Path:
         body = "\n".join(_figure(chart) for chart in charts)
         sections.append(_section(heading, f"<p>{escape(text)}</p>\n{body}"))
     sections += [
-        *(_section(f"Every sublayer of {one['name']}", _table(one)) for one in summary["checkpoints"]),
+        *(
+            _section(f"Every sublayer of {one['name']}", _table(one))
+            for one in summary["checkpoints"]
+        ),
         _section("How it was measured", _provenance(summary)),
         _section("How to read this", _caveats()),
     ]
@@ -84,8 +87,10 @@ def findings(summary: Summary) -> list[str]:
             if effect["name"] == "erase off" and (effect["low"] or 0) > 0
         ]
         worst = max(needed, key=lambda effect: effect["mean"], default=None)
-        most = "" if worst is None else (
-            f" most {place(worst)} ({numbers.signed(worst['mean'], 4)} nats/token)"
+        most = (
+            ""
+            if worst is None
+            else (f" most in layer {place(worst)} ({numbers.signed(worst['mean'], 4)} nats/token)")
         )
         sentences.append(
             f"{name}: the loss rises without the erase in {len(needed)} of {len(erasing)} "
@@ -99,8 +104,8 @@ def findings(summary: Summary) -> list[str]:
         )
     worst_fault = max(one["fault"] for one in summary["checkpoints"])
     sentences.append(
-        "Self-test passed: every write changed the discrepancy by 1 − β to "
-        f"{worst_fault:.1e} of ‖X‖ (tolerance {summary['tolerance']:.0e})."
+        "Self-test passed: after every write the readout is what |after| = |1 − β|·|before| says, "
+        f"to {worst_fault:.1e} of ‖X‖ (tolerance {summary['tolerance']:.0e})."
     )
     return sentences
 
@@ -127,8 +132,7 @@ def _figure(chart: Chart) -> str:
 
 def _table(one: Mapping[str, Any]) -> str:
     effects = {
-        (effect["layer"], effect["kind"], effect["name"]): effect
-        for effect in one["interventions"]
+        (effect["layer"], effect["kind"], effect["name"]): effect for effect in one["interventions"]
     }
     columns: list[tuple[str, Any]] = [
         ("gate β, mean", lambda u: u["gate"] and _cell(u["gate"], 3)),
@@ -141,9 +145,7 @@ def _table(one: Mapping[str, Any]) -> str:
         ("Δ loss, erase off", lambda u: _effect(effects, u, "erase off")),
         ("Δ loss, write off", lambda u: _effect(effects, u, "write off")),
     ]
-    shown = [
-        (name, [cell(sublayer) for sublayer in one["sublayers"]]) for name, cell in columns
-    ]
+    shown = [(name, [cell(sublayer) for sublayer in one["sublayers"]]) for name, cell in columns]
     shown = [(name, cells) for name, cells in shown if any(cells)]  # what is absent has no column
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in [("sublayer", 0), *shown])
     body = ""

@@ -45,7 +45,7 @@ def sections(summary: Summary) -> list[tuple[str, str, list[Chart]]]:
         ),
         (
             "What is written and erased",
-            "Sizes relative to ‖X‖ before the write, and the cosine of the whole write to X: "
+            "Sizes relative to ‖X‖ before the write (net: what is left of both), and the cosine of the whole write to X: "
             "negative where it takes away more of what is there than it adds.",
             [*_each(summary, _sizes), _joint(summary, "cosine", "cosine of the write to X")],
         ),
@@ -105,7 +105,9 @@ def _depth(sublayer: Mapping[str, Any]) -> float:
     return sublayer["layer"] + 0.5 * (sublayer["kind"] == KINDS[1])
 
 
-def _line(label: str, sublayers: Sequence[Mapping[str, Any]], entries: Sequence[Any], **look) -> Line:
+def _line(
+    label: str, sublayers: Sequence[Mapping[str, Any]], entries: Sequence[Any], **look
+) -> Line:
     """A line over depth through entries with intervals, plain numbers or None."""
     full = [entry if isinstance(entry, Mapping) else {"mean": entry} for entry in entries]
     return Line(
@@ -127,9 +129,7 @@ def _say(lines: Sequence[Line]) -> str:
     return "In the order of depth. " + "; ".join(said) + "."
 
 
-def _by_kind(
-    summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], Any]
-) -> list[Line]:
+def _by_kind(summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], Any]) -> list[Line]:
     """A line for attention and one for the MLP of each checkpoint that has the value."""
     many = len(summary["checkpoints"]) > 1
     lines = []
@@ -162,9 +162,7 @@ def _gates(summary: Summary) -> Iterable[Chart]:
         cells = [_coarse(sublayer["gate"]["histogram"]) for sublayer in gated]
         labels = ("gate β", "sublayer", f"share of tokens per {top / SHOWN_GATE_BINS:g}")
         ticks = [f"{top * k / 4:g}" for k in range(5)]
-        figure = shaded(
-            cells, rows, ticks, labels, max(map(max, cells)), extent=(0.0, float(top))
-        )
+        figure = shaded(cells, rows, ticks, labels, max(map(max, cells)), extent=(0.0, float(top)))
         quantiles = "; ".join(
             f"{place(s)} " + "/".join(f"{q:.2f}" for q in s["gate"]["quantiles"].values())
             for s in gated
@@ -234,7 +232,7 @@ def _discrepancy(one: One, suffix: str) -> Iterable[Chart]:
             _line(name, own, [s["discrepancy"][name] for s in own], colour=index, dash=index)
             for index, name in enumerate(("before", "after"))
         ]
-        figure = over_depth(lines, "‖v − kᵀX‖ / √d_v", one["layers"])
+        figure = over_depth(lines, "‖v − kᵀX‖ / √d_v", one["layers"], view=(0, None))
         title = f"Discrepancy before and after the write, {one['name']}"
         caption = "Root mean square over value channels, mean over tokens; units of X."
         yield Chart(f"discrepancy{suffix}", figure, title, _say(lines), caption)
@@ -242,14 +240,14 @@ def _discrepancy(one: One, suffix: str) -> Iterable[Chart]:
 
 def _sizes(one: One, suffix: str) -> Iterable[Chart]:
     lines = []
-    names = (("written", "written"), ("erased", "erased"), ("changed", "both"))
+    names = (("written", "written"), ("erased", "erased"), ("changed", "net"))
     for index, (key, label) in enumerate(names):
         own = [sublayer for sublayer in one["sublayers"] if sublayer[key] is not None]
         if own:
             lines.append(_line(label, own, [s[key] for s in own], colour=index, dash=index))
-    if len(lines) == 2:  # nothing is erased: both is what is written
+    if len(lines) == 2:  # nothing is erased: the net write is what is written
         lines = lines[:1]
-    figure = over_depth(lines, "share of ‖X‖", one["layers"])
+    figure = over_depth(lines, "share of ‖X‖", one["layers"], view=(0, None))
     title = f"Written and erased, {one['name']}"
     yield Chart(f"sizes{suffix}", figure, title, _say(lines))
 
@@ -275,7 +273,7 @@ def _growth(summary: Summary) -> Chart:
             )
         )
     layers = max(one["layers"] for one in summary["checkpoints"])
-    figure = over_depth(lines, "root mean square of X", layers)
+    figure = over_depth(lines, "root mean square of X", layers, view=(0, None))
     caption = "The first point is the state that the embeddings give."
     return Chart("state-size", figure, "Size of the state over depth", _say(lines), caption)
 
@@ -319,7 +317,7 @@ def _channel_shares(one: One, suffix: str) -> Iterable[Chart]:
         for channel in range(one["value_channels"])
     ]  # fmt: skip
     even = (1 / one["value_channels"], "even")
-    figure = over_depth(lines, "share of ‖X‖²", one["layers"], even)
+    figure = over_depth(lines, "share of ‖X‖²", one["layers"], even, (0, None))
     title = f"Use of the value channels, {one['name']}"
     yield Chart(f"channel-shares{suffix}", figure, title, _say(lines))
 
@@ -331,10 +329,11 @@ def _channel_rank(one: One, suffix: str) -> Iterable[Chart]:
     ranks = [s["channels"]["effective_rank"] for s in one["sublayers"]]
     lines = [_line("X", one["sublayers"], ranks)]
     label = f"effective rank of X (of {channels} channels)"
-    figure = over_depth(lines, label, one["layers"], (1.0, "one channel, repeated"))
+    figure = over_depth(lines, label, one["layers"], view=(0.9, channels))
     last = one["sublayers"][-1]["channels"]["correlation"]
     pairs = [last[i][j] for i in range(channels) for j in range(i)]
     caption = (
+        "1: the channels are one channel, repeated and scaled. "
         f"After the last sublayer the cosine of two channels is {min(pairs):.3f} to "
         f"{max(pairs):.3f}."
     )
@@ -359,7 +358,7 @@ def _compressors(one: One, suffix: str) -> Iterable[Chart]:
     cells = [[value for tap in weights["rms"] for value in tap] for _, weights in named]
     figure = shaded(
         cells, [name for name, _ in named], columns, ("weight of", "", "root mean square"),
-        max(map(max, cells)),
+        max(map(max, cells)), 3,
     )  # fmt: skip
     said = "; ".join(
         f"{name}: " + ", ".join(f"{value:.3f}" for value in row)
@@ -380,7 +379,7 @@ def _effects(summary: Summary) -> Iterable[Chart]:
         )
         if lines:
             layers = max(one["layers"] for one in summary["checkpoints"])
-            figure = over_depth(lines, "change in loss (nats/token)", layers, (0.0, "unchanged"))
+            figure = over_depth(lines, "change in loss (nats/token)", layers, (0.0, ""))
             yield Chart(_slug(name), figure, f"{what} in one sublayer", _say(lines))
 
 
@@ -392,7 +391,7 @@ def _channel_effects(one: One, suffix: str) -> Iterable[Chart]:
             own = [row for row in rows if row["channel"] == channel]
             look = {"colour": channel - 1, "dash": (channel - 1) % 3}
             lines.append(_line(f"channel {channel}", own, own, **look))
-        zero = (0.0, "unchanged")
+        zero = (0.0, "")
         figure = over_depth(lines, "change in loss (nats/token)", one["layers"], zero)
         title = f"One value channel is left as it is by one sublayer, {one['name']}"
         yield Chart(f"channel-off{suffix}", figure, title, _say(lines))

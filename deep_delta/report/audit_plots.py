@@ -48,34 +48,41 @@ class Line:
 
 @in_house_style
 def over_depth(
-    lines: Sequence[Line], y_label: str, layers: int, reference: tuple[float, str] | None = None
+    lines: Sequence[Line],
+    y_label: str,
+    layers: int,
+    reference: tuple[float, str] | None = None,
+    view: tuple[float | None, float | None] = (None, None),
 ) -> "Figure":
     """Lines over the layers 1 … `layers`; an MLP stands half a layer behind its attention.
 
-    reference: a value, drawn across, and what it is.
+    reference: a value, drawn across, and what it is. view: where the y axis begins and ends; None
+    leaves that to the numbers.
     """
-    figure, axes, height = _axes_for([line.label for line in lines])
+    figure, axes, height = _axes_for([line.label for line in lines], 0.52)
     axes.set_xlabel("layer (attention at the number, MLP half a step later)")
     step = -(-layers // 12)
     axes.set_xticks(range(1, layers + 1, step))
-    _draw_lines(axes, lines, y_label, height, reference)
+    _draw_lines(axes, lines, y_label, height, reference, view)
     return figure
 
 
 @in_house_style
 def over_bins(lines: Sequence[Line], bins: Sequence[str], x_label: str, y_label: str) -> "Figure":
     """Lines over bins, whose labels stand below; a line's x counts them from 0."""
-    figure, axes, height = _axes_for([line.label for line in lines])
-    axes.set_xticks(range(len(bins)), bins, rotation=30 if len(bins) > 6 else 0)
+    turned = len(bins) > 6
+    figure, axes, height = _axes_for([line.label for line in lines], 0.75 if turned else 0.52)
+    axes.set_xticks(range(len(bins)), bins, rotation=30 if turned else 0)
     axes.set_xlabel(x_label)
-    _draw_lines(axes, lines, y_label, height, None)
+    _draw_lines(axes, lines, y_label, height)
     return figure
 
 
-def _axes_for(labels: Sequence[str]) -> "tuple[Figure, Axes, float]":
+def _axes_for(labels: Sequence[str], below: float) -> "tuple[Figure, Axes, float]":
+    """Room for the labels on the right; the height of the axes in inches."""
     right = 0.35 + _CHARACTER * max(len(label) for label in labels)
     height = max(2.3, _LINE * len(labels))
-    figure, axes = new_figure(WIDTH, height + 0.95, (0.72, right, 0.75, 0.2))
+    figure, axes = new_figure(WIDTH, height + below + 0.2, (0.72, right, below, 0.2))
     return figure, axes, height
 
 
@@ -84,7 +91,8 @@ def _draw_lines(
     lines: Sequence[Line],
     y_label: str,
     height: float,
-    reference: tuple[float, str] | None,
+    reference: tuple[float, str] | None = None,
+    view: tuple[float | None, float | None] = (None, None),
 ) -> None:
     for number, line in enumerate(lines):
         colour, marker = COLOURS[line.colour % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -106,6 +114,7 @@ def _draw_lines(
             reference[1], (0.0, reference[0]), (2, 2), xycoords=("axes fraction", "data"),
             textcoords="offset points", size=SMALL_SIZE, color=INK,
         )  # fmt: skip
+    axes.set_ylim(*view)
     _label_ends(axes, lines, height)
 
 
@@ -125,7 +134,9 @@ def _label_ends(axes: "Axes", lines: Sequence[Line], height: float) -> None:
     """Each line's label right of the axes, at the height of its end or close to it."""
     bottom, top = axes.get_ylim()
     right = axes.get_xlim()[1]
-    ends = [[(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None] for line in lines]
+    ends = [
+        [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None] for line in lines
+    ]
     drawn = [number for number, points in enumerate(ends) if points]
     wanted = [(ends[number][-1][1] - bottom) / (top - bottom) for number in drawn]
     for number, place in zip(drawn, spread_apart(wanted, _LINE / height), strict=True):
@@ -140,7 +151,9 @@ def _label_ends(axes: "Axes", lines: Sequence[Line], height: float) -> None:
             [1.03], [place], transform=axes.transAxes, clip_on=False, color=colour,
             marker=MARKERS[number % len(MARKERS)], markersize=MARKER_SIZE,
         )  # fmt: skip
-        axes.text(1.05, place, lines[number].label, transform=axes.transAxes, va="center", color=INK)
+        axes.text(
+            1.05, place, lines[number].label, transform=axes.transAxes, va="center", color=INK
+        )
     axes.set_xlim(right=right)
     axes.set_ylim(bottom, top)
 
@@ -164,9 +177,10 @@ def shaded(
     count = len(cells[0])
     left = 0.45 + _CHARACTER * max(len(row) for row in rows)
     side = (WIDTH - left - 0.2) / count
-    each = min(0.32, max(0.16, side)) if extent is None else 0.26
+    each = 0.26 if extent else min(0.32, max(0.16, side))
     inside = each * len(rows)
-    below = 0.75 if extent is None else 0.55
+    turned = extent is None and max(map(len, columns)) > 3
+    below = 0.52 + (0.8 * _CHARACTER * max(map(len, columns)) if turned else 0)
     figure, axes = new_figure(WIDTH, inside + below + 0.45, (left, 0.2, below, 0.45))
     start, end = extent or (-0.5, count - 0.5)
     colour = _rgb(COLOURS[0])
@@ -184,9 +198,8 @@ def shaded(
     axes.grid(False)
     axes.set_yticks(range(len(rows)), rows)
     if extent is None:
-        step = -(-count * 22 // 240) if max(map(len, columns)) > 3 else 1
-        turned = 60 if max(map(len, columns)) > 3 else 0
-        axes.set_xticks(range(0, count, step), columns[::step], rotation=turned)
+        step = -(-count // 24)
+        axes.set_xticks(range(0, count, step), columns[::step], rotation=60 if turned else 0)
     else:
         places = [start + (end - start) * k / (len(columns) - 1) for k in range(len(columns))]
         axes.set_xticks(places, columns)
