@@ -80,8 +80,9 @@ class Auditor:
             if not float(statistics.fault) <= TOLERANCE:  # a NaN is none either
                 raise UserError(
                     f"the self-test failed in {sublayer} of {self.name}: the discrepancy after a "
-                    f"write is not |1 − β| times that before it (off by {float(statistics.fault):.1e} "
-                    f"of ‖X‖, tolerance {TOLERANCE:.0e}); nothing is reported"
+                    f"write is not |1 − β| times that before it, but off by "
+                    f"{float(statistics.fault):.1e} of ‖X‖ (tolerance {TOLERANCE:.0e}); nothing is "
+                    "reported"
                 )
         return losses
 

@@ -1,5 +1,6 @@
 """What an audit reads: the checkpoint, the text, and the bins that its tokens fall into."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,10 @@ def trained_on(checkpoint: Path, model: DeepDeltaForCausalLM) -> tuple[int, bool
     return int(fields.get("seq_len", longest)), bool(fields.get("mask_documents", False))
 
 
-def open_text(folder: str, out: Path) -> tuple[Path, TokenShards]:
+def open_text(folder: str, out: Path) -> TokenShards:
     """The validation split of a prepared folder; "bundled" is the package's text, below `out`."""
     path = prepare_bundled(out / "data") if folder == "bundled" else Path(folder)
-    return path, TokenShards.open(path, SPLIT)
+    return TokenShards.open(path, SPLIT)
 
 
 def check_fits(checkpoint: Path, model: DeepDeltaForCausalLM, manifest: Manifest) -> None:
@@ -107,7 +108,7 @@ def frequency_bins(shards: TokenShards, vocab_size: int) -> tuple[list[str], Ten
     rate = torch.from_numpy(counts * (1e6 / len(shards)))
     borders = [f"{border:,}" for border in FREQUENCIES]
     labels = [f"< {borders[0]}"]
-    labels += [f"{low}–{high}" for low, high in zip(borders, borders[1:], strict=False)]
+    labels += [f"{low}–{high}" for low, high in itertools.pairwise(borders)]
     labels.append(f"≥ {borders[-1]}")
     edges = torch.tensor(FREQUENCIES, dtype=torch.float64)
     return labels, torch.bucketize(rate, edges, right=True)

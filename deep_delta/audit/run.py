@@ -61,7 +61,7 @@ def audit(
         longest = model.config.max_position_embeddings
         if seq_len > longest:
             raise UserError(f"{path} takes {longest} tokens, fewer than --seq-len {seq_len}")
-    folder, shards = inputs.open_text(data, out)
+    shards = inputs.open_text(data, out)
     for path, model in zip(checkpoints, models, strict=True):
         inputs.check_fits(path, model, shards.manifest)
     packed = PackedSequences(shards, seq_len, mask_documents=masked)
@@ -119,7 +119,7 @@ def _run(
     batch_size: int,
     device: torch.device,
 ) -> Means | None:
-    """Every batch through every model, as it is and changed; losses of the second less the first."""
+    """Every batch through every model, as it is and changed; the second's loss less the first's."""
     progress = Progress(-(-len(chosen) // batch_size))
     difference = Means(device=device) if len(auditors) > 1 else None
     for batch in _batches(packed, chosen, batch_size, device):

@@ -199,9 +199,8 @@ def _caveats() -> str:
         "docs/audit.md defines every number of this page; audit.json beside it holds them all.",
         "Intervals are Student's t over sequences of this text, for this one checkpoint: they say "
         "nothing about another seed, and with many sublayers some exclude zero by chance.",
-        "An intervention changes one sublayer of a model that was trained without it. That the loss "
-        "rises shows what the trained model relies on, not that a model trained without it would "
-        "be worse.",
+        "An intervention changes one sublayer of a model that was trained as it is. A loss that "
+        "rises shows what this model relies on, not that one trained that way would be worse.",
         "The gate of a write-only model is not told apart from its target: only their product "
         "reaches the state. What a residual does not have is left out, not shown as zero.",
     ]

@@ -1,5 +1,6 @@
 """From an audit's summary to its charts: what is drawn, in which section, with which words."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,8 @@ def sections(summary: Summary) -> list[tuple[str, str, list[Chart]]]:
         ),
         (
             "What is written and erased",
-            "Sizes relative to ‖X‖ before the write (net: what is left of both), and the cosine of the whole write to X: "
-            "negative where it takes away more of what is there than it adds.",
+            "Sizes relative to ‖X‖ before the write (net: what is left of both), and the cosine of "
+            "the whole write to X: negative where it takes away more of what is there than it adds.",
             [*_each(summary, _sizes), _joint(summary, "cosine", "cosine of the write to X")],
         ),
         (
@@ -374,13 +375,16 @@ def _effects(summary: Summary) -> Iterable[Chart]:
         ("gate at 1", "The readout is set to its target (β = 1)"),
         ("write off", "Nothing is written or erased (a = b = 0)"),
     ):
-        lines = _by_kind(
-            summary, "interventions", lambda row, name=name: row if row["name"] == name else None
-        )
+        lines = _by_kind(summary, "interventions", functools.partial(_named, name))
         if lines:
             layers = max(one["layers"] for one in summary["checkpoints"])
             figure = over_depth(lines, "change in loss (nats/token)", layers, (0.0, ""))
             yield Chart(_slug(name), figure, f"{what} in one sublayer", _say(lines))
+
+
+def _named(name: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The intervention, if it is of this name."""
+    return row if row["name"] == name else None
 
 
 def _channel_effects(one: One, suffix: str) -> Iterable[Chart]:

@@ -121,28 +121,24 @@ def _draw_lines(
 def _draw_interval(axes: "Axes", line: Line, colour: str) -> None:
     if line.low is None or line.high is None:
         return
-    whole = [
-        (x, low, high)
-        for x, low, high in zip(line.x, line.low, line.high, strict=True)
-        if low is not None and high is not None
-    ]
+    bounds = zip(line.x, line.low, line.high, strict=True)
+    whole = [(x, low, high) for x, low, high in bounds if low is not None and high is not None]
     if whole:
-        axes.fill_between(*zip(*whole, strict=True), color=colour, alpha=0.18, linewidth=0)
+        x, low, high = (list(column) for column in zip(*whole, strict=True))
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _label_ends(axes: "Axes", lines: Sequence[Line], height: float) -> None:
     """Each line's label right of the axes, at the height of its end or close to it."""
     bottom, top = axes.get_ylim()
     right = axes.get_xlim()[1]
-    ends = [
-        [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None] for line in lines
-    ]
-    drawn = [number for number, points in enumerate(ends) if points]
-    wanted = [(ends[number][-1][1] - bottom) / (top - bottom) for number in drawn]
+    drawn = [number for number, line in enumerate(lines) if any(y is not None for y in line.y)]
+    ends = {number: _end(lines[number]) for number in drawn}
+    wanted = [(ends[number][1] - bottom) / (top - bottom) for number in drawn]
     for number, place in zip(drawn, spread_apart(wanted, _LINE / height), strict=True):
         colour = COLOURS[lines[number].colour % len(COLOURS)]
         axes.annotate(
-            "", xy=ends[number][-1], xytext=(1.02, place), textcoords="axes fraction",
+            "", xy=ends[number], xytext=(1.02, place), textcoords="axes fraction",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6,
                         "shrinkA": 0.0, "shrinkB": 0.0},
@@ -156,6 +152,11 @@ def _label_ends(axes: "Axes", lines: Sequence[Line], height: float) -> None:
         )
     axes.set_xlim(right=right)
     axes.set_ylim(bottom, top)
+
+
+def _end(line: Line) -> tuple[float, float]:
+    """The last point that is there."""
+    return [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None][-1]
 
 
 @in_house_style
