@@ -47,7 +47,7 @@ def sections(summary: Summary) -> list[tuple[str, str, list[Chart]]]:
         (
             "What is written and erased",
             "Sizes relative to ‖X‖ before the write (net: what is left of both), and the cosine of "
-            "the whole write to X: negative where it takes away more of what is there than it adds.",
+            "the net write to X: negative where it takes away more of what is there than it adds.",
             [*_each(summary, _sizes), _joint(summary, "cosine", "cosine of the write to X")],
         ),
         (
