@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from deep_delta.data import Manifest, TokenShards, check_tokenizer, prepare_bundled
@@ -40,10 +41,15 @@ def load(path: Path, device: torch.device) -> DeepDeltaForCausalLM:
             )
         config = DeepDeltaConfig.from_pretrained(path)
         config.backend, config.state_dtype = "reference", None
-        model: Any = DeepDeltaForCausalLM.from_pretrained(path, config=config, dtype="float32")
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded: Any = DeepDeltaForCausalLM.from_pretrained(
+            path, config=config, dtype="float32", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be loaded: {reason}") from None
+    model, info = loaded
+    for name in sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"{path} cannot be loaded: its weights lack {name}")
     return model.to(device).eval()
 
 

@@ -143,11 +143,13 @@ def _batches(
 
 
 def _names(checkpoints: Sequence[Path], models: Sequence[Any]) -> list[str]:
-    """The variants, or the folders where two models are of one variant or of none."""
+    """The variants, or the folders' names; numbered where they are the same."""
     names = [
-        variant_name(model) or str(path) for path, model in zip(checkpoints, models, strict=True)
+        variant_name(model) or path.name for path, model in zip(checkpoints, models, strict=True)
     ]
-    return [str(path) for path in checkpoints] if len(set(names)) < len(names) else names
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 class Progress:
