@@ -84,7 +84,7 @@ class SublayerStatistics:
         after = (target - write.readout_after).norm(dim=-1) / per_channel
         self._mean("discrepancy_before", before, where=known)
         self._mean("discrepancy_after", after, where=known)
-        self._mean("reduced", (after < before).double(), where=known)
+        self._mean("discrepancy_ratio", after / before, where=known & (before > 0))
 
     def _mean(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         self.means.setdefault(name, Means(device=self.device)).add(values, where=where)
@@ -110,7 +110,7 @@ class SublayerStatistics:
             result["discrepancy"] = {
                 "before": entries["discrepancy_before"],
                 "after": entries["discrepancy_after"],
-                "reduced": entries["reduced"],
+                "ratio": entries["discrepancy_ratio"],
             }
         if self.channels > 1:
             result["channels"] = {

@@ -82,7 +82,7 @@ def _axes_for(labels: Sequence[str], below: float) -> "tuple[Figure, Axes, float
     """Room for the labels on the right; the height of the axes in inches."""
     right = 0.35 + _CHARACTER * max(len(label) for label in labels)
     height = max(2.3, _LINE * len(labels))
-    figure, axes = new_figure(WIDTH, height + below + 0.2, (0.72, right, below, 0.2))
+    figure, axes = new_figure(WIDTH, height + below + 0.2, (0.85, right, below, 0.2))
     return figure, axes, height
 
 

@@ -102,7 +102,8 @@ def test_a_sublayer_by_hand():
     discrepancy = result["discrepancy"]
     assert discrepancy["before"]["mean"] == pytest.approx((2 + 0) / 2)
     assert discrepancy["after"]["mean"] == pytest.approx((1 + 0) / 2)  # |1 − ½| · 2
-    assert discrepancy["reduced"]["mean"] == pytest.approx(1 / 2)
+    assert discrepancy["ratio"]["n"] == 1  # the second token's discrepancy is none
+    assert discrepancy["ratio"]["mean"] == pytest.approx(1 / 2)
     gate = result["gate"]
     assert gate["mean"] == pytest.approx(0.75)
     assert [entry["mean"] for entry in gate["by_position"]] == [0.5, 1.0]
@@ -133,17 +134,17 @@ def test_every_gate_is_in_one_regime(gate, regime):
 
 
 def test_value_channels_by_hand():
-    """Channel 2 is twice channel 1 everywhere; only channel 1 is written."""
-    row = normal(1, 3, 1, 4)
-    x = torch.cat([row, 2 * row], dim=2)
-    a = torch.tensor([1.0, 0.0]).double().expand(1, 3, 2)
-    state = State(x, torch.zeros(1, 3, 4).double(), a, None, 1.0)  # h = 0: X stays
+    """Channel 1 holds k; 2k is written into the empty channel 2: after it, one is twice the other."""
+    k = torch.tensor([0.6, 0.8, 0.0, 0.0]).double()
+    x = torch.stack([k, 0 * k]).expand(1, 3, 2, 4)
+    a = torch.tensor([0.0, 2.0]).double().expand(1, 3, 2)
+    state = State(x, k.expand(1, 3, 4), a, None, 0.0)
     statistics = SublayerStatistics(4, 2, 1, 1, CPU)
     zero = torch.zeros(1, 3, dtype=torch.long)
     statistics.add(write_of(state, state.settle("reference")), zero, zero)
     channels = statistics.result()["channels"]
     assert channels["state_share"] == pytest.approx([1 / 5, 4 / 5])
-    assert channels["change_share"] == pytest.approx([1, 0])
+    assert channels["change_share"] == pytest.approx([0, 1])
     assert channels["effective_rank"] == pytest.approx(1)
     assert torch.tensor(channels["correlation"]).flatten().tolist() == pytest.approx([1] * 4)
 
