@@ -201,9 +201,8 @@ def _caveats() -> str:
         "nothing about another seed, and with many sublayers some exclude zero by chance.",
         "An intervention changes one sublayer of a model that was trained as it is. A loss that "
         "rises shows what this model relies on, not that one trained that way would be worse.",
-        "Where switching off the erase costs more than switching off the whole write, the erase undoes "
-        "the sublayer's own kind of write, such as one vector that every token is given, rather than "
-        "something that an earlier layer left.",
+        "Where switching off the erase costs more than switching off the whole write, the harm is a "
+        "write that nothing balances, rather than old content that stays.",
         "The gate of a write-only model is not told apart from its target: only their product "
         "reaches the state. What a residual does not have is left out, not shown as zero.",
     ]

@@ -134,7 +134,7 @@ def test_every_gate_is_in_one_regime(gate, regime):
 
 
 def test_value_channels_by_hand():
-    """Channel 1 holds k; 2k is written into the empty channel 2: after it, one is twice the other."""
+    """Channel 1 holds k, and 2k is written into the empty channel 2."""
     k = torch.tensor([0.6, 0.8, 0.0, 0.0]).double()
     x = torch.stack([k, 0 * k]).expand(1, 3, 2, 4)
     a = torch.tensor([0.0, 2.0]).double().expand(1, 3, 2)
