@@ -156,6 +156,7 @@ def test_prepare_then_compare(ddl, here):
         ("audit", "CHECKPOINT"),
         ("audit nowhere", "nowhere is no checkpoint"),
         ("audit empty", "empty is no checkpoint"),
+        ("audit empty --out recipe.yaml", "recipe.yaml is a file"),
         ("audit empty --sequence 5", "did you mean '--sequences'?"),
         ("audit empty --batch-size 0", "'0' is not a whole number from 1"),
         ("bench", "WHAT"),

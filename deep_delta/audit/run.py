@@ -51,6 +51,8 @@ def audit(
     Raises:
         UserError: checkpoints, text or tokenizers that do not fit; a failed self-test.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +81,7 @@ def audit(
         )
         for name, model in zip(_names(checkpoints, models), models, strict=True)
     ]
+    out.mkdir(parents=True, exist_ok=True)  # now, for what cannot be written ends here at once
     difference = _run(auditors, packed, chosen, batch_size, device)
     results = [auditor.result() for auditor in auditors]
     for result, path in zip(results, checkpoints, strict=True):
@@ -106,7 +109,6 @@ def audit(
         "checkpoints": results,
         "loss_difference": None if difference is None else difference.entry(),
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_audit(summary, out)
     write_json_atomically(out / JSON_NAME, summary)
     return summary

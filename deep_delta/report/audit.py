@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deep_delta.report import audit_charts, numbers, render
-from deep_delta.report.audit_charts import Chart, mean, place
+from deep_delta.report.audit_lines import Chart, mean, place
 from deep_delta.report.page import whole_page
 
 PAGE_NAME = "audit.html"
@@ -201,8 +201,8 @@ def _caveats() -> str:
         "nothing about another seed, and with many sublayers some exclude zero by chance.",
         "An intervention changes one sublayer of a model that was trained as it is. A loss that "
         "rises shows what this model relies on, not that one trained that way would be worse.",
-        "Where switching off the erase costs more than switching off the whole write, the harm is a "
-        "write that nothing balances, rather than old content that stays.",
+        "Where the erase off costs more than the whole write off, the harm is a write that nothing "
+        "balances, rather than old content that stays.",
         "The gate of a write-only model is not told apart from its target: only their product "
         "reaches the state. What a residual does not have is left out, not shown as zero.",
     ]
