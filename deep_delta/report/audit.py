@@ -86,16 +86,15 @@ def findings(summary: Summary) -> list[str]:
             for effect in one["interventions"]
             if effect["name"] == "erase off" and (effect["low"] or 0) > 0
         ]
-        worst = max(needed, key=lambda effect: effect["mean"], default=None)
-        most = (
-            ""
-            if worst is None
-            else (f" most in layer {place(worst)} ({numbers.signed(worst['mean'], 4)} nats/token)")
-        )
-        sentences.append(
+        sentence = (
             f"{name}: the loss rises without the erase in {len(needed)} of {len(erasing)} "
-            f"sublayers, one at a time{',' + most if most else ''}."
+            "sublayers, one at a time"
         )
+        if needed:
+            worst = max(needed, key=lambda effect: effect["mean"])
+            rise = numbers.signed(worst["mean"], 4)
+            sentence += f", most in layer {place(worst)} ({rise} nats/token)"
+        sentences.append(sentence + ".")
     if summary["loss_difference"] is not None:
         first, second = (one["name"] for one in summary["checkpoints"])
         sentences.append(
@@ -104,8 +103,9 @@ def findings(summary: Summary) -> list[str]:
         )
     worst_fault = max(one["fault"] for one in summary["checkpoints"])
     sentences.append(
-        "Self-test passed: after every write the readout is what |after| = |1 − β|·|before| says, "
-        f"to {worst_fault:.1e} of ‖X‖ (tolerance {summary['tolerance']:.0e})."
+        "Self-test passed: every readout after a write is what the write says, |after| = "
+        f"|1 − β|·|before| where it erases, to {worst_fault:.1e} of ‖X‖ (tolerance "
+        f"{summary['tolerance']:.0e})."
     )
     return sentences
 

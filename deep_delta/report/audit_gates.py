@@ -1,6 +1,7 @@
 """The charts of an audit's gates: their distribution, regimes, and what they depend on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 from deep_delta.report.audit_lines import KINDS, Chart, Summary, mean, place, say, slug
 from deep_delta.report.audit_plots import Line, over_bins, shaded, stacked
@@ -45,6 +46,12 @@ def _coarse(histogram: Sequence[int]) -> list[float]:
     return [sum(histogram[i : i + each]) / total for i in range(0, len(histogram), each)]
 
 
+def _over(layers: Sequence[float | None], of: Callable[[list[float]], float]) -> float | None:
+    """`of` the layers' means in a bin; None for a bin that no token fell into."""
+    means = [mean for mean in layers if mean is not None]
+    return of(means) if means else None
+
+
 def dependence(summary: Summary) -> Iterable[Chart]:
     """The mean gate of attention and of MLPs by position and by frequency."""
     for key, bins, x_label in (
@@ -58,16 +65,12 @@ def dependence(summary: Summary) -> Iterable[Chart]:
                 if not own:
                     continue
                 columns = [[gate[key][b]["mean"] for gate in own] for b in range(len(bins))]
-                present = [c for c in columns if None not in c]
-                places = [b for b, c in enumerate(columns) if None not in c]
                 many = len(summary["checkpoints"]) > 1
                 lines.append(
                     Line(
                         f"{one['name']}, {kind}" if many else kind,
-                        places,
-                        [sum(c) / len(c) for c in present],
-                        [min(c) for c in present],
-                        [max(c) for c in present],
+                        range(len(bins)),
+                        *([_over(column, of) for column in columns] for of in (fmean, min, max)),
                         number if many else index,
                         index,
                     )

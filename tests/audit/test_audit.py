@@ -15,7 +15,7 @@ from train.micro import user_error
 import deep_delta_cli
 from deep_delta.audit import audit
 from deep_delta.audit.inputs import frequency_bins, position_bins, trained_on
-from deep_delta.data import TokenShards
+from deep_delta.data import PackedSequences, TokenShards
 from deep_delta.model import DeepDeltaForCausalLM
 
 CONTEXT = {"command": "ddl audit x", "commit": "0123", "device": "CPU"}
@@ -129,6 +129,20 @@ def test_numbers_do_not_depend_on_the_batch(run, no_page, checkpoint):
         for sublayer in result["sublayers"]:
             del sublayer["gate"]["histogram"]  # rounding may move a token over a border
     same(one, other)
+
+
+def test_sequences_are_spread_evenly_over_the_split(run, no_page, checkpoint, text):
+    path = checkpoint("ddl-scalar")
+    summary = run(path, sequences=3)
+    packed = PackedSequences(TokenShards.open(text, "val"), 16)
+    total = summary["data"]["of_sequences"]
+    assert total == len(packed) > 9
+    ids = torch.stack([packed[i]["input_ids"] for i in (0, total // 3, 2 * total // 3)])
+    model = DeepDeltaForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    assert summary["checkpoints"][0]["loss"]["mean"] == pytest.approx(float(loss), abs=1e-5)
+    assert run(path, sequences=10**6)["data"]["sequences"] == total
 
 
 def test_two_of_one_variant_are_numbered(run, no_page, checkpoint):

@@ -113,6 +113,32 @@ def test_what_a_model_does_not_have_is_absent(variant):
     assert names == ({"write off"} if variant == "additive" else {"write off", "channel off"})
 
 
+def test_tokens_are_binned_by_position_and_id():
+    model, batch = model_of("ddl-cc"), batch_of()
+    ids, positions = batch["input_ids"], torch.arange(12).expand(3, 12)
+    auditor = Auditor("model", model, (torch.arange(12) // 8, 2), (torch.arange(61) % 3, 3))
+    auditor.observe(batch)
+    gates = [write.gate for write in writes_of(model, batch)[0]]
+    for sublayer, gate in zip(auditor.result()["sublayers"], gates, strict=True):
+        for key, bins in (("by_position", positions // 8), ("by_frequency", ids % 3)):
+            for index, entry in enumerate(sublayer["gate"][key]):
+                assert entry["n"] == (bins == index).sum()
+                assert entry["mean"] == pytest.approx(float(gate[bins == index].mean()))
+
+
+def test_effects_are_the_changed_losses_less_the_models_own():
+    model, batch = model_of("ddl-cc"), batch_of()
+    auditor, passes = auditor_of(model), []
+    losses = auditor.observe(batch)
+    auditor.intervene(batch, losses, lambda: passes.append(1))
+    assert len(passes) == len(auditor.interventions()) == 4 * (3 + 4)
+    for (index, name, channel), means in auditor.effects.items():
+        change = {"write off": write_off, "erase off": erase_off, "gate at 1": gate_one}.get(name)
+        with intervening(sublayers(model)[index].residual, change or channel_off(channel - 1)):
+            changed = sequence_losses(model, batch)
+        assert means.entry()["mean"] == pytest.approx(float((changed - losses).mean()), abs=1e-12)
+
+
 def test_a_write_that_is_not_applied_stops_the_audit():
     """The next read applies another β than the one the audit saw."""
     model = model_of("ddl-cc")
