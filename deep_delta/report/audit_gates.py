@@ -70,7 +70,9 @@ def dependence(summary: Summary) -> Iterable[Chart]:
                     Line(
                         f"{one['name']}, {kind}" if many else kind,
                         range(len(bins)),
-                        *([_over(column, of) for column in columns] for of in (fmean, min, max)),
+                        [_over(column, fmean) for column in columns],
+                        [_over(column, min) for column in columns],
+                        [_over(column, max) for column in columns],
                         number if many else index,
                         index,
                     )
