@@ -183,6 +183,12 @@ class DeltaTrainer(Trainer):
             if is_main():
                 shutil.rmtree(stage, ignore_errors=True)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None):
+        if state_dict is not None:  # gathered from shards, where a tied tensor comes twice
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: t for name, t in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder, schedule = Path(output_dir), self.lr_scheduler
         save_optimizer(*self._trained, folder / OPTIMIZER if is_main() else None)
