@@ -196,10 +196,17 @@ class DeltaTrainer(Trainer):
             torch.save(schedule.state_dict(), folder / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.lr_scheduler is not None:
-            load_optimizer(*self._trained, Path(checkpoint, OPTIMIZER))
-            schedule = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
+        """The optimizer's moments and the schedule's place; rates and decay are the recipe's."""
+        schedule: Any = self.lr_scheduler
+        if checkpoint is None:
+            return
+        load_optimizer(*self._trained, Path(checkpoint, OPTIMIZER))
+        saved = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
+        own = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        rates = [rate * shape(saved["last_epoch"]) for rate, shape in own]
+        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs, "_last_lr": rates})
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _load_from_checkpoint(self, *arguments: Any) -> None:
         """Nothing: the model came with the checkpoint's weights."""
