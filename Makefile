@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-gpu mutants lint types clean
+.PHONY: setup demo test test-all test-gpu mutants lint types clean
 
 setup: $(READY)
 
@@ -20,7 +20,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/ddl compare --out runs/demo
 
+# Without the tests marked slow; `make test-all` has them too.
 test: $(READY)
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
 
 # On the machine that has the GPU, with its own CUDA build of torch: PYTEST="python3 -m pytest".

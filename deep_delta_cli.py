@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors a person can mend are one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = _parser().parse_known_args(words)
-    if rest and options.run in (_prepare, _eval, _bench):
+    if rest and options.run in (_prepare, _audit, _eval, _bench):
         near = difflib.get_close_matches(rest[0], [f"--{name}" for name in options.known], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"see ddl {words[0]} --help"
         return _fail(f"unknown option {rest[0]!r}; {hint}")
@@ -123,6 +123,29 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds")
     compare.add_argument("-h", "--help", action="store_true")
     compare.set_defaults(run=_compare)
+
+    audit = jobs.add_parser(
+        "audit",
+        help="what a trained model does with its state",
+        description="Gates, discrepancies, directions, channels and interventions of one "
+        "checkpoint, or of two on the same tokens; report in OUT/audit.html.",
+        allow_abbrev=False,
+    )
+    audit.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with a model")
+    audit.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="one to compare")
+    audit.add_argument("--data", default="bundled", help="prepared folder (the package's own text)")
+    audit.add_argument("--out", type=Path, default=Path("runs/audit"), help="folder (runs/audit)")
+    audit.add_argument(
+        "--sequences", type=_count, default=32, metavar="N", help="of the validation split (32)"
+    )
+    audit.add_argument(
+        "--seq-len", type=_count, metavar="T", help="tokens of one; default: as in training"
+    )
+    audit.add_argument(
+        "--batch-size", type=_count, default=4, metavar="B", help="sequences of a pass (4)"
+    )
+    known = ("data", "out", "sequences", "seq-len", "batch-size")
+    audit.set_defaults(run=_audit, known=known)
 
     _add_eval(jobs)
 
@@ -362,6 +385,28 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         line = "interrupted; the same command goes on with what is missing"
         return _fail(line, SIGNALLED + stop.signal)
     leave()
+    return 0
+
+
+def _audit(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("train", "psutil", "yaml")
+    _need("report", "matplotlib")
+    from deep_delta.audit import audit
+    from deep_delta.bench.record import environment
+
+    try:
+        audit(
+            [path for path in (options.checkpoint, options.other) if path is not None],
+            options.out,
+            data=options.data,
+            sequences=options.sequences,
+            seq_len=options.seq_len,
+            batch_size=options.batch_size,
+            context=environment("ddl " + shlex.join(sys.argv[1:])),
+        )
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", INTERRUPTED)
+    print(f"report: {options.out / 'audit.html'}")
     return 0
 
 

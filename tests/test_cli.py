@@ -74,9 +74,8 @@ def test_help_answers_at_once_and_loads_no_torch():
         done = subprocess.run([DDL, "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
-    assert all(
-        command in done.stdout for command in ("prepare", "train", "compare", "eval", "bench")
-    )
+    commands = ("prepare", "train", "compare", "audit", "eval", "bench")
+    assert all(command in done.stdout for command in commands)
     code = "import deep_delta_cli, sys; print({'torch', 'transformers'} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert printed == "set()\n"
@@ -153,6 +152,12 @@ def test_prepare_then_compare(ddl, here):
         ("compare --variant additive", "--variants"),
         ("compare --resume never", "--resume"),
         ("compare --varaints additive", "did you mean 'variants'?"),
+        ("audit", "CHECKPOINT"),
+        ("audit nowhere", "nowhere is no checkpoint"),
+        ("audit empty", "empty is no checkpoint"),
+        ("audit empty --out recipe.yaml", "recipe.yaml is a file"),
+        ("audit empty --sequence 5", "did you mean '--sequences'?"),
+        ("audit empty --batch-size 0", "'0' is not a whole number from 1"),
         ("bench", "WHAT"),
         ("bench op --widht 5", "did you mean '--width'?"),
         ("bench op --ops read,raed", "unknown 'raed'; did you mean 'read'?"),

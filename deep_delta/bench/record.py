@@ -41,18 +41,19 @@ def environment(command: str) -> dict[str, str]:
 def commit() -> str:
     """The commit of this checkout, with "-dirty" if its source was changed since.
 
-    Outside a checkout, as on a machine that gets a copy of the files, the variable DDL_COMMIT
-    says it; without that it is "unknown".
+    The variable DDL_COMMIT says it instead where a machine gets a copy of the files, with no
+    repository or an older one around them. Without both it is "unknown".
     """
-    given = os.environ.get("DDL_COMMIT", "unknown")
+    if given := os.environ.get("DDL_COMMIT"):
+        return given
     try:
         if Path(_git("rev-parse", "--show-toplevel")) != REPOSITORY:
-            return given  # the files lie inside another project's repository
+            return "unknown"  # the files lie inside another project's repository
         head = _git("rev-parse", "--short=12", "HEAD")
         # The CSV may be a file of the repository: that it grows makes no row doubtful.
         changed = _git("status", "--porcelain", "--", "deep_delta", "deep_delta_cli.py")
     except (OSError, subprocess.CalledProcessError):
-        return given
+        return "unknown"
     return f"{head}-dirty" if changed else head
 
 

@@ -117,7 +117,15 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Pat
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Load what `save_optimizer` saved, in every process; how many there are may have changed.
 
+    Learning rate, weight decay and momenta stay those that the optimizer was made with.
+
     Errors: pickle.UnpicklingError for a file with anything but tensors, numbers and names.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
     set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

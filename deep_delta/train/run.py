@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # else the first optimizer step loads it, in somebody's timing
+from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from deep_delta.accounting import PeakMemory, flops_per_token
@@ -88,7 +90,9 @@ def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
     with PeakMemory() as memory:
         set_seed(recipe.seed)
         start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        model = DeepDeltaForCausalLM(config) if checkpoint is None else _load(checkpoint, config)
+        model = DeepDeltaForCausalLM(config)
+        if checkpoint is not None:
+            load_model(model, checkpoint / SAFE_WEIGHTS_NAME)
         nn.Module.to(model, arguments.device)  # else FSDP2 would do so only after the warm-up
         on_main(lambda: check_disk(folder, model, recipe))
         model.linear_cross_entropy = loss
@@ -145,11 +149,6 @@ def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
     if stopped_by is not None:  # in the last step: complete, but nothing is to follow
         raise Interrupted(stopped_by)
     return result
-
-
-def _load(checkpoint: Path, config: DeepDeltaConfig) -> DeepDeltaForCausalLM:
-    model: DeepDeltaForCausalLM = DeepDeltaForCausalLM.from_pretrained(checkpoint, config=config)
-    return model
 
 
 def _finish(progress: ProgressLine, text: str) -> None:

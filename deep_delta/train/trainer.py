@@ -183,6 +183,12 @@ class DeltaTrainer(Trainer):
             if is_main():
                 shutil.rmtree(stage, ignore_errors=True)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None):
+        if state_dict is not None:  # gathered from shards, where a tied tensor comes twice
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: t for name, t in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder, schedule = Path(output_dir), self.lr_scheduler
         save_optimizer(*self._trained, folder / OPTIMIZER if is_main() else None)
@@ -190,10 +196,17 @@ class DeltaTrainer(Trainer):
             torch.save(schedule.state_dict(), folder / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.lr_scheduler is not None:
-            load_optimizer(*self._trained, Path(checkpoint, OPTIMIZER))
-            schedule = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
+        """The optimizer's moments and the schedule's place; rates and decay are the recipe's."""
+        schedule: Any = self.lr_scheduler
+        if checkpoint is None:
+            return
+        load_optimizer(*self._trained, Path(checkpoint, OPTIMIZER))
+        saved = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
+        own = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        rates = [rate * shape(saved["last_epoch"]) for rate, shape in own]
+        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs, "_last_lr": rates})
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _load_from_checkpoint(self, *arguments: Any) -> None:
         """Nothing: the model came with the checkpoint's weights."""

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One run on several nodes, one process a GPU:
 #   sbatch recipes/launch/slurm.sh recipes/small/ddl-cc.yaml [FIELDS.yaml ...] [--field value ...]
-# All nodes must see the recipe's `out` and `data`. A job that is preempted, out of time or lost a
-# process goes on from its newest checkpoint: preempted jobs by themselves, others by the same sbatch.
+# All nodes must see the recipe's `out` and `data`. A job that is preempted, out of time or on a node
+# that fails is queued again by itself and goes on from its newest checkpoint; one that lost a process
+# or was cancelled goes on by the same sbatch.
 #SBATCH --job-name=ddl
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -20,7 +21,15 @@ export MASTER_ADDR MASTER_PORT
 
 # srun and not torchrun: Slurm's SIGTERM then reaches the processes themselves, which have the time
 # that --signal gives them to save (torchrun would kill them after 30 seconds), and one that ends ends all.
+# The CPUs of a task are said again, since srun does not take them from sbatch from Slurm 22.05 on.
 # shellcheck disable=SC2016 # the inner shell is each process's own
-srun --kill-on-bad-exit=1 bash -c '
-  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-  exec ddl train "$@"' ddl-train "$@"
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
+  export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  exec ddl train "$@"' ddl-train "$@" || status=$?
+
+# 143: SIGTERM, and saved. Slurm takes a job that ends by itself for failed, preempted or not.
+if [[ ${status:=0} == 143 ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -140,6 +140,18 @@ def test_skipping_takes_shifted_labels_and_needs_labels():
     assert torch.equal(model(ids, skip_logits=True).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_what_fsdp_gathers_together_runs(skip_logits):
+    """Embeddings, last norm and head share a gathering, which ends when all three have run."""
+    model, ids = tiny_model(), token_ids(1, 4)
+    ran = []
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    model(ids, labels=ids, skip_logits=skip_logits, use_cache=False)
+    assert ran == ["model.embed_tokens", "model.norm", "lm_head"]
+
+
 def test_the_models_loss_can_be_replaced():
     model, ids = tiny_model(), token_ids(1, 4)
     model.linear_cross_entropy = lambda hidden, weight, labels, **_: weight.sum() + labels.sum()

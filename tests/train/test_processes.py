@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType
 from helpers import close
+from safetensors.torch import load_file
 from train.group import together
 from train.micro import losses, micro_recipe, rows_of, user_error, weights
 
@@ -126,6 +127,8 @@ def test_two_processes_with_shards_train_as_one(micro_data, tmp_path, variant):
         "config.json", "generation_config.json", "model.safetensors", "optimizer.pt",
         "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "contents.json",
     }  # fmt: skip
+    expected = load_file(recipe.run_folder / "final" / "model.safetensors")
+    assert load_file(shards.run_folder / "final" / "model.safetensors").keys() == expected.keys()
     # From its checkpoint two go on in shards, and one goes on by itself.
     start = str(shards.run_folder / "checkpoint-10")
     tail = [row for row in losses(recipe.run_folder) if row[0] > 10]

@@ -13,7 +13,15 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.micro import equal_weights, losses, micro_recipe, rows_of, some_text, user_error
+from train.micro import (
+    equal_weights,
+    losses,
+    micro_recipe,
+    rows_of,
+    some_text,
+    user_error,
+    weights,
+)
 
 from deep_delta.data import prepare
 from deep_delta.train import Interrupted, read_result, train
@@ -209,6 +217,20 @@ def test_resume_from_a_path(micro_data, tmp_path, whole):
         (5, "loss"), (6, "loss"), (6, "val_loss"),
     ]  # fmt: skip
     assert losses(second.run_folder) == losses(whole)[-3:]
+
+
+def test_another_rate_counts_from_a_path(micro_data, tmp_path):
+    """Weights, moments and the place in the schedule come with it, the rest is the recipe's."""
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=2)
+    train(first)
+    start = str(first.run_folder / "checkpoint-4")
+    second = micro_recipe(micro_data, tmp_path / "second", resume=start, lr=first.lr / 2)
+    train(second)
+    rates = {row["step"]: row["lr"] for row in rows_of(first.run_folder, "lr")}
+    for row in rows_of(second.run_folder, "lr"):
+        assert row["lr"] == pytest.approx(rates[row["step"]] / 2)
+    moved, expected = (weights(recipe.run_folder) for recipe in (second, first))
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in moved.items())
 
 
 @pytest.mark.parametrize(

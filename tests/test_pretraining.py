@@ -1,0 +1,74 @@
+"""The commands of docs/pretraining.md exist, and its figures follow from the speeds beside them."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import REPO
+
+import deep_delta_cli
+from deep_delta.train import Recipe, load_recipe, make_recipe, merge, parse_overrides
+
+TEXT = (REPO / "docs" / "pretraining.md").read_text(encoding="utf-8")
+SLURM = "recipes/launch/slurm.sh"
+HOURS = {"1 B": 2_035, "5 B": 10_173, "49.15 B": 100_000}
+
+
+def commands() -> list[list[str]]:
+    """The words of what the shell blocks run of this library, launchers left out."""
+    found = []
+    for block in re.findall(r"^```sh\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").replace("$model", "ddl-cc").splitlines():
+            words = shlex.split(line.replace("$seed", "1"), comments=True)
+            words = ["ddl", "train", *words[2:]] if SLURM in words else words
+            if "ddl" in words:
+                found.append(words[words.index("ddl") + 1 :])
+    return found
+
+
+def recipe_of(words: list[str]) -> Recipe:
+    files = [REPO / word for word in words if word.endswith(".yaml")]
+    options = [word for word in words if not word.endswith(".yaml")]
+    return merge(load_recipe(*files), parse_overrides(options))
+
+
+def test_every_command_is_understood():
+    kinds = {words[0] for words in commands()}
+    assert kinds == {"prepare", "bench", "train", "compare"}
+    for words in commands():
+        if words[0] == "train":
+            recipe_of(words[1:])
+        elif words[0] != "compare":
+            _, unknown = deep_delta_cli._parser().parse_known_args(words)
+            assert not unknown
+
+
+def test_the_comparison_takes_the_runs_trained_before_it():
+    (compared,) = (words for words in commands() if words[0] == "compare")
+    options, rest = deep_delta_cli._parser().parse_known_args(compared)
+    out = parse_overrides(rest)["out"]
+    (trained,) = (
+        recipe_of(words[1:]) for words in commands() if words[0] == "train" and out in words
+    )
+    assert trained.variant in options.variants.split(",")
+    assert str(trained.seed) in options.seeds.split(",")
+    fields = make_recipe({**parse_overrides(rest), "variant": trained.variant, "seed": 1})
+    assert not fields.differences(trained)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((\.\./[^)]*|[^)/:]*\.md)\)", TEXT))))
+def test_links_lead_somewhere(path):
+    assert (REPO / "docs" / Path(path)).exists()
+
+
+def test_hours_and_costs_follow_from_the_speeds():
+    rows = re.findall(r"^\|.*\| \*?(\d+) K\*? \|(.*)\|$", TEXT, re.MULTILINE)
+    assert len(rows) == 8
+    for speed, cells in rows:
+        hours = [steps * 480 * 1024 / (float(speed) * 3.6e6) for steps in HOURS.values()]
+        expected = [*hours, hours[-1] / 8, hours[-1] * 2.5]
+        shown = [cell.strip().removesuffix(" h") for cell in cells.split("|")]
+        for text, value in zip(shown, expected, strict=True):
+            digits = len(text.partition(".")[2])
+            assert float(text) == pytest.approx(value, abs=0.51 * 10**-digits)
