@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import REPO
 
-import deep_delta_cli
 from deep_delta.train import Recipe, load_recipe, make_recipe, merge, parse_overrides
+from deep_delta_options import make_parser
 
 TEXT = (REPO / "docs" / "pretraining.md").read_text(encoding="utf-8")
 SLURM = "recipes/launch/slurm.sh"
@@ -40,13 +40,13 @@ def test_every_command_is_understood():
         if words[0] == "train":
             recipe_of(words[1:])
         elif words[0] != "compare":
-            _, unknown = deep_delta_cli._parser().parse_known_args(words)
+            _, unknown = make_parser().parse_known_args(words)
             assert not unknown
 
 
 def test_the_comparison_takes_the_runs_trained_before_it():
     (compared,) = (words for words in commands() if words[0] == "compare")
-    options, rest = deep_delta_cli._parser().parse_known_args(compared)
+    options, rest = make_parser().parse_known_args(compared)
     out = parse_overrides(rest)["out"]
     (trained,) = (
         recipe_of(words[1:]) for words in commands() if words[0] == "train" and out in words

@@ -51,7 +51,7 @@ def commit() -> str:
             return "unknown"  # the files lie inside another project's repository
         head = _git("rev-parse", "--short=12", "HEAD")
         # The CSV may be a file of the repository: that it grows makes no row doubtful.
-        changed = _git("status", "--porcelain", "--", "deep_delta", "deep_delta_cli.py")
+        changed = _git("status", "--porcelain", "--", "deep_delta", "deep_delta_*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head}-dirty" if changed else head

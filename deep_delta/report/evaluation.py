@@ -235,9 +235,8 @@ def _caveats(summary: Evaluation) -> list[str]:
             "The paper does not say which of the two its tables show. Set beside them is acc_norm "
             "for ARC, HellaSwag, OpenBookQA, PIQA and SciQ, and acc for Social IQA and "
             "WinoGrande: an earlier paper of the same first author says so of the same tasks "
-            "(arXiv 2501.06425, Section 6.1), and the published figures look like it: guessing "
-            "gives 25 % on OpenBookQA, by acc small models stay below that, and the tables have "
-            "30 to 37 %. The paper's average is the plain mean of the eight, as ours.",
+            "(arXiv 2501.06425). It is a guess; both are in the table of our own scores. The "
+            "paper's average is the plain mean of the eight, as ours.",
             "The paper's models saw 49.15 B tokens of FineWeb-Edu, one run each. A difference to "
             "them is one between trainings as well, and standard errors here are only over the "
             "questions: they say nothing about another seed. Errors of the average take the tasks "
