@@ -214,9 +214,11 @@ def save_result(
     rows = read_metrics(folder / "metrics.jsonl")
     logged = [row for row in rows if "loss" in row]
     evaluated = [row for row in rows if "val_loss" in row]
-    # The first interval pays for first calls; a run of one interval has nothing else.
-    first = logged[0] if len(logged) > 1 else {"tokens": 0, "seconds": 0.0}
-    last = logged[-1]
+    first, last = logged[0], logged[-1]
+    if len(logged) > 1:  # the first interval pays for first calls
+        speed = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+    else:  # which may have begun at a checkpoint's step
+        speed = last["tokens_per_s"]
     result = RunResult(
         variant=recipe.variant,
         seed=recipe.seed,
@@ -224,7 +226,7 @@ def save_result(
         val_loss=None if diverged else evaluated[-1]["val_loss"],
         tokens=last["tokens"],
         train_seconds=last["seconds"],
-        tokens_per_s=(last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
+        tokens_per_s=speed,
         peak_memory_bytes=memory,
         flops_per_token=flops_per_token(config, recipe.seq_len),
         diverged=diverged,

@@ -204,7 +204,9 @@ class DeltaTrainer(Trainer):
         saved = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
         own = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         rates = [rate * shape(saved["last_epoch"]) for rate, shape in own]
-        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs, "_last_lr": rates})
+        # The place alone: decay_residual may have made other groups, which have their own lists.
+        place = {name: saved[name] for name in ("last_epoch", "_step_count")}
+        schedule.load_state_dict({**schedule.state_dict(), **place, "_last_lr": rates})
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 

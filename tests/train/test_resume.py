@@ -233,6 +233,33 @@ def test_another_rate_counts_from_a_path(micro_data, tmp_path):
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in moved.items())
 
 
+def test_the_speed_counts_from_the_checkpoint(micro_data, tmp_path):
+    """Also where the rest of the run is a single row."""
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=4)
+    train(first)
+    start = str(first.run_folder / "checkpoint-4")
+    second = micro_recipe(micro_data, tmp_path / "second", resume=start, log_every=9, eval_every=6)
+    result = train(second)
+    (row,) = rows_of(second.run_folder, "loss")
+    assert row["step"] == 6
+    assert result.tokens_per_s == row["tokens_per_s"]
+    assert result.tokens_per_s == pytest.approx(2 * 4 * 16 / row["seconds"], rel=1e-2)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_other_parameter_groups_go_on_from_a_path(micro_data, tmp_path, before):
+    """Without decay decay_residual only sorts parameters, so that nothing else may change."""
+    wide = {"mup_base_width": 8}
+    fields = {"weight_decay": 0.0, "model": wide, "decay_residual": before}
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=4, **fields)
+    train(first)
+    fields |= {"resume": str(first.run_folder / "checkpoint-4"), "decay_residual": not before}
+    second = micro_recipe(micro_data, tmp_path / "second", **fields)
+    train(second)
+    assert losses(second.run_folder) == losses(first.run_folder)[-3:]
+    equal_weights(second.run_folder, first.run_folder)
+
+
 @pytest.mark.parametrize(
     "kind", ["missing", "empty", "without weights", "not numbered", "another variant", "later step"]
 )
