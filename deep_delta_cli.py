@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = _one_line(error)
         if line is None:
             raise
-        return _fail(line, only_one=not getattr(error, "of_this_process", False))
+        # All processes refuse the same recipe; a disk or a file may have failed only this one.
+        from deep_delta.errors import UserError
+
+        return _fail(line, only_one=getattr(error, "in_all", isinstance(error, UserError)))
 
 
 def _one_line(error: Exception) -> str | None:
@@ -54,7 +57,7 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _fail(line: str, status: int = 1, only_one: bool = True) -> int:
-    """Print the line, under torchrun by the first process of a machine unless it is another's."""
+    """Print the line, under torchrun by one process of a machine if `only_one` has to."""
     if not only_one or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"ddl: {line}", file=sys.stderr, flush=True)
     return status

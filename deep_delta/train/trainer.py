@@ -254,8 +254,9 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if exc[0] is not None and processes() > 1:
+        if exc[0] not in (None, NotFinite) and processes() > 1:
             # This process ends and says why. So does torchrun end it, whose signal may come first.
+            # After NotFinite, which all meet, a comparison goes on.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _stop(self, number: int, *_: object) -> None:
