@@ -315,7 +315,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         train(recipe)
     except Interrupted as stop:
-        line = "interrupted; the same command goes on from the checkpoint"
+        less = " without --resume never" if recipe.resume == "never" else ""
+        line = f"interrupted; the same command{less} goes on from the checkpoint"
         return _fail(line, SIGNALLED + stop.signal)
     if is_main():
         print(f"{recipe.run_folder / 'final'}")
