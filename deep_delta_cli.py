@@ -36,10 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = _one_line(error)
         if line is None:
             raise
-        # All processes refuse the same recipe; a disk or a file may have failed only this one.
-        from deep_delta.errors import UserError
-
-        return _fail(line, only_one=getattr(error, "in_all", isinstance(error, UserError)))
+        # A disk or a file may have failed this process alone.
+        return _fail(line, only_one=getattr(error, "in_all", False))
 
 
 def _one_line(error: Exception) -> str | None:

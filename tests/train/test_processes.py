@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from train.group import together
 from train.micro import losses, micro_recipe, rows_of, user_error, weights
 
 from deep_delta.compare import compare
+from deep_delta.compare import run as compare_run
 from deep_delta.errors import UserError
 from deep_delta.train import Interrupted, processes, train, trainer
 from deep_delta.train.processes import Agreement, is_main
@@ -281,7 +283,7 @@ def test_a_silent_process_is_given_up(micro_data, tmp_path):
 
 
 def said(arguments):
-    """What this process prints on stderr for a command; a disk is full for the second one."""
+    """What this process prints on stderr for a command; the disk is full for the second one."""
     step = DeltaTrainer.training_step
 
     def training_step(self, model, inputs, *rest):
@@ -318,3 +320,40 @@ def ending(recipe):
 def test_a_comparison_hears_signals_after_a_diverged_run(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     assert together(ending, recipe) == [("Diverged", True)] * 2
+
+
+def failing_report(recipe):
+    if is_main():
+        compare_run._report = None  # calling it is a TypeError
+    try:
+        compare(recipe, ["additive"], [0], "ddl compare")
+    except (TypeError, UserError) as error:
+        return type(error).__name__
+
+
+def test_a_report_that_fails_names_the_lost_process(micro_data, tmp_path):
+    assert together(failing_report, micro_recipe(micro_data, tmp_path)) == [
+        "TypeError", "LostProcess",
+    ]  # fmt: skip
+
+
+def plain(arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        main(arguments)
+    return stderr.getvalue()
+
+
+def test_a_planted_file_of_one_process_is_said(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    together(watched, recipe, preempt_second)
+    checkpoint = recipe.run_folder / "checkpoint-13"
+    name = "rng_state_1.pth"
+    torch.save({"python": io.StringIO("not numbers")}, checkpoint / name)
+    contents = json.loads((checkpoint / "contents.json").read_text())
+    data = (checkpoint / name).read_bytes()
+    contents[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "contents.json").write_text(json.dumps(contents))
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    first, second = together(plain, ["train", str(tmp_path / "recipe.yaml")])
+    assert "another process of this run is gone" in first
+    assert "more than numbers" in second
