@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = _one_line(error)
         if line is None:
             raise
-        return _fail(line, only_one=not getattr(error, "of_this_process", False))
+        # A disk or a file may have failed this process alone.
+        return _fail(line, only_one=getattr(error, "in_all", False))
 
 
 def _one_line(error: Exception) -> str | None:
@@ -54,7 +55,7 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _fail(line: str, status: int = 1, only_one: bool = True) -> int:
-    """Print the line, under torchrun by the first process of a machine unless it is another's."""
+    """Print the line, under torchrun by one process of a machine if `only_one` has to."""
     if not only_one or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"ddl: {line}", file=sys.stderr, flush=True)
     return status
@@ -113,7 +114,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         train(recipe)
     except Interrupted as stop:
-        line = "interrupted; the same command goes on from the checkpoint"
+        less = " without --resume never" if recipe.resume == "never" else ""
+        line = f"interrupted; the same command{less} goes on from the checkpoint"
         return _fail(line, SIGNALLED + stop.signal)
     if is_main():
         print(f"{recipe.run_folder / 'final'}")

@@ -3,3 +3,5 @@
 
 class UserError(Exception):
     """Something the user can put right; the message says what and how."""
+
+    in_all = True  # where several processes train, all meet it, and one need say it

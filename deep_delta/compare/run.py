@@ -15,7 +15,7 @@ from deep_delta.model.presets import VARIANTS, lookup
 from deep_delta.report import print_table, write_report
 from deep_delta.report.provenance import commit, versions
 from deep_delta.train import Diverged, Recipe, RunResult, read_metrics, read_result, train
-from deep_delta.train.processes import on_main, processes
+from deep_delta.train.processes import lost_processes_named, on_main, processes
 
 DEFAULT_VARIANTS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl-scalar")
 DEFAULT_SEEDS = (0, 1, 2)
@@ -51,7 +51,8 @@ def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str)
             except Diverged:  # a result like others, and no reason to stop the rest
                 results.append(read_result(run.run_folder))
             gc.collect()  # the next run's peak memory starts without this one's model
-    return on_main(lambda: _report(recipe, variants, seeds, command, results, folders))
+    with lost_processes_named():
+        return on_main(lambda: _report(recipe, variants, seeds, command, results, folders))
 
 
 def _report(

@@ -95,13 +95,26 @@ def newest_whole(folder: Path) -> Path | None:
         wrong = fault(checkpoint)
         if wrong is None:
             return checkpoint
-        aside = checkpoint.with_name(f"broken-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
-        print(
-            f"ddl: {checkpoint} is not whole ({wrong}): put aside as {aside.name}", file=sys.stderr
-        )
+        _put_aside(checkpoint, "broken", f"is not whole ({wrong})")
     return None
+
+
+def put_others_aside(folder: Path, start: Path) -> None:
+    """Rename the checkpoints of a run folder that do not lead to the one it is to start from.
+
+    They would be taken for the newest, or be kept in place of newer ones.
+    """
+    for checkpoint in checkpoints(folder):
+        own = start.resolve().parent == folder.resolve()
+        if not own or (step_of(checkpoint) or 0) > (step_of(start) or 0):
+            _put_aside(checkpoint, "other", f"does not lead on from {start}")
+
+
+def _put_aside(checkpoint: Path, kind: str, why: str) -> None:
+    aside = checkpoint.with_name(f"{kind}-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    print(f"ddl: {checkpoint} {why}: put aside as {aside.name}", file=sys.stderr)
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None) -> None:

@@ -14,7 +14,15 @@ from deep_delta.data import Manifest, TokenShards
 from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
-from deep_delta.train.checkpoint import STAGE, UNREAD, checkpoints, fault, newest_whole, step_of
+from deep_delta.train.checkpoint import (
+    STAGE,
+    UNREAD,
+    checkpoints,
+    fault,
+    newest_whole,
+    put_others_aside,
+    step_of,
+)
 from deep_delta.train.groups import width_scaled_names
 from deep_delta.train.metrics import read_metrics
 from deep_delta.train.processes import is_main, on_main
@@ -71,20 +79,20 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(aside)  # nothing is lost by starting over
-    checkpoint = None
-    if recipe.resume not in ("auto", "never"):
-        checkpoint = Path(recipe.resume)
-        _check_checkpoint(checkpoint, recipe, config)
-        if (folder / RESULT).is_file():
-            raise UserError(
-                f"{folder} is finished: choose another --out to go on from {checkpoint}"
-            )
     identity = _data_identity(data)
     if folder.exists():
         shutil.rmtree(folder / STAGE, ignore_errors=True)
-    newest = newest_whole(folder)
-    if newest or (folder / RESULT).is_file():  # else there is nothing that other choices spoil
-        changed = recipe.differences(load_recipe(folder / RECIPE))
+    newest, finished = newest_whole(folder), (folder / RESULT).is_file()
+    begun = load_recipe(folder / RECIPE) if newest or finished else None
+    start = None
+    # The same command again goes on with what it has begun.
+    if recipe.resume not in ("auto", "never") and not (begun and begun.resume == recipe.resume):
+        start = Path(recipe.resume)
+        _check_checkpoint(start, recipe, config)
+        if finished:
+            raise UserError(f"{folder} is finished: choose another --out to go on from {start}")
+    if begun:  # else there is nothing that other choices spoil
+        changed = recipe.differences(begun)
         if identity != json.loads((folder / DATA).read_text(encoding="utf-8")):
             changed.append(f"other data in {recipe.data}")
         if changed:
@@ -92,12 +100,14 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
                 f"{folder} holds a run of another recipe ({'; '.join(changed)}): choose another "
                 "--out, or start over by ddl train --resume never"
             )
-    if (folder / RESULT).is_file():
+    if finished:
         return None
     folder.mkdir(parents=True, exist_ok=True)
+    if start:
+        put_others_aside(folder, start)
     save_recipe(recipe, folder / RECIPE)
     write_json_atomically(folder / DATA, identity)
-    return checkpoint or newest
+    return start or newest
 
 
 def _data_identity(data: Manifest) -> dict[str, list[str]]:
@@ -214,9 +224,11 @@ def save_result(
     rows = read_metrics(folder / "metrics.jsonl")
     logged = [row for row in rows if "loss" in row]
     evaluated = [row for row in rows if "val_loss" in row]
-    # The first interval pays for first calls; a run of one interval has nothing else.
-    first = logged[0] if len(logged) > 1 else {"tokens": 0, "seconds": 0.0}
-    last = logged[-1]
+    first, last = logged[0], logged[-1]
+    if len(logged) > 1:  # the first interval pays for first calls
+        speed = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+    else:  # which may have begun at a checkpoint's step
+        speed = last["tokens_per_s"]
     result = RunResult(
         variant=recipe.variant,
         seed=recipe.seed,
@@ -224,7 +236,7 @@ def save_result(
         val_loss=None if diverged else evaluated[-1]["val_loss"],
         tokens=last["tokens"],
         train_seconds=last["seconds"],
-        tokens_per_s=(last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
+        tokens_per_s=speed,
         peak_memory_bytes=memory,
         flops_per_token=flops_per_token(config, recipe.seq_len),
         diverged=diverged,

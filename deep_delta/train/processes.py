@@ -17,12 +17,13 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)  # for a machine that vanished without closing its connections
 # What the libraries below say when the other side is gone.
 CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+SILENT = "Timed out waiting"  # what gloo says after the patience is over
 
 
 class LostProcess(UserError):
     """Another process of the run ended; this one can't go on alone."""
 
-    of_this_process = True  # every process that is left has to say it: who is left is not known
+    in_all = False  # every process that is left has to say it: who is left is not known
 
 
 def processes() -> int:
@@ -48,6 +49,7 @@ def on_main(action: Callable[[], T]) -> T:
     dist.broadcast_object_list(told, src=0)
     result, failure = told
     if failure is not None:
+        failure.in_all = True  # one process need say it
         raise failure
     return result
 
@@ -91,12 +93,15 @@ def lost_processes_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        network = isinstance(error, dist.DistError) or any(word in str(error) for word in CLOSED)
-        if not network or processes() == 1:
+        text = " ".join(str(error).split())
+        closed = any(word in text for word in CLOSED)
+        if processes() == 1 or not (closed or isinstance(error, dist.DistError) or SILENT in text):
             raise
+        # NCCL fails in the same way over what is wrong with this process itself.
+        cause = "" if closed else f": {text}"
         raise LostProcess(
             f"rank {dist.get_rank()} stops, because another process of this run is gone (it may "
-            "have said why above); the same command goes on from the newest checkpoint"
+            f"have said why above); the same command goes on from the newest checkpoint{cause}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.model.compile import compile_layers
 from deep_delta.model.loss import LinearCrossEntropy, resolve_loss
+from deep_delta.train.checkpoint import step_of
 from deep_delta.train.folder import (
     FINAL,
     RESULT,
@@ -89,7 +90,7 @@ def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
 
     with PeakMemory() as memory:
         set_seed(recipe.seed)
-        start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        start = 0 if checkpoint is None else step_of(checkpoint) or 0
         model = DeepDeltaForCausalLM(config)
         if checkpoint is not None:
             load_model(model, checkpoint / SAFE_WEIGHTS_NAME)
@@ -126,10 +127,12 @@ def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
                 with stopper:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except pickle.UnpicklingError:
-            raise UserError(
+            refusal = UserError(
                 f"{checkpoint} has a file that holds more than numbers; it was not read: "
                 "use another checkpoint"
-            ) from None
+            )
+            refusal.in_all = False  # each process has a rng_state of its own
+            raise refusal from None
         except NotFinite as event:
             not_finite = event
         step, stopped_by = trainer.state.global_step, stopper.agree()

@@ -204,7 +204,9 @@ class DeltaTrainer(Trainer):
         saved = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
         own = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         rates = [rate * shape(saved["last_epoch"]) for rate, shape in own]
-        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs, "_last_lr": rates})
+        # The place alone: decay_residual may have made other groups, which have their own lists.
+        place = {name: saved[name] for name in ("last_epoch", "_step_count")}
+        schedule.load_state_dict({**schedule.state_dict(), **place, "_last_lr": rates})
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -252,8 +254,9 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if exc[0] is not None and processes() > 1:
+        if exc[0] not in (None, NotFinite) and processes() > 1:
             # This process ends and says why. So does torchrun end it, whose signal may come first.
+            # After NotFinite, which all meet, a comparison goes on.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _stop(self, number: int, *_: object) -> None:

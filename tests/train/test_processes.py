@@ -1,24 +1,33 @@
 """Several processes train the model that one would: same data, same losses, same checkpoints."""
 
+import contextlib
+import errno
 import functools
+import hashlib
+import io
 import json
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType
 from helpers import close
 from safetensors.torch import load_file
+from torch import distributed as dist
 from train.group import together
 from train.micro import losses, micro_recipe, rows_of, user_error, weights
 
 from deep_delta.compare import compare
+from deep_delta.compare import run as compare_run
 from deep_delta.errors import UserError
-from deep_delta.train import Interrupted, train, trainer
-from deep_delta.train.processes import is_main
+from deep_delta.train import Interrupted, processes, train, trainer
+from deep_delta.train.processes import Agreement, is_main
+from deep_delta.train.recipe import save_recipe
 from deep_delta.train.trainer import SEQUENCE, DeltaTrainer
+from deep_delta_cli import main
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() == 1, reason="needs a CPU alone, or two GPUs"
@@ -236,3 +245,115 @@ def test_what_the_main_process_refuses_all_refuse(micro_data, tmp_path, alone):
     first, second = together(refused, recipe)
     assert first == second
     assert "steps: 20 -> 25" in first
+
+
+def misuse_gpu(run, inputs):
+    if run.state.global_step == 2 and not is_main():
+        raise dist.DistBackendError("NCCL error:\nDuplicate GPU detected")
+
+
+def test_an_error_of_the_network_layer_is_not_hidden(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    (_, other, _), (_, own, _) = together(watched, recipe, misuse_gpu)
+    assert own.endswith(": NCCL error: Duplicate GPU detected")
+    assert other.endswith("newest checkpoint")
+
+
+def silent_second(recipe):
+    processes.PATIENCE = timedelta(seconds=2)
+    highest = Agreement.highest
+    steps = 0
+
+    def late(self, number):
+        nonlocal steps
+        steps += 1
+        if steps == 3 and not is_main():
+            time.sleep(6)
+        return highest(self, number)
+
+    Agreement.highest = late
+    return watched(recipe)
+
+
+def test_a_silent_process_is_given_up(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    (kind, line, _), _ = together(silent_second, recipe)
+    assert kind == "LostProcess"
+    assert "Timed out waiting" in line
+
+
+def said(arguments):
+    """What this process prints on stderr for a command; the disk is full for the second one."""
+    step = DeltaTrainer.training_step
+
+    def training_step(self, model, inputs, *rest):
+        if self.state.global_step == 2 and not is_main():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return step(self, model, inputs, *rest)
+
+    DeltaTrainer.training_step = training_step
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = main(arguments)
+    return status, [line for line in stderr.getvalue().splitlines() if line.startswith("ddl: ")]
+
+
+def test_what_fails_in_one_process_alone_is_said(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    (_, first), (_, second) = together(said, ["train", str(tmp_path / "recipe.yaml")])
+    assert "another process" in "".join(first)
+    assert "no disk space left" in "".join(second)
+
+
+def test_what_all_refuse_is_said_once(micro_data, tmp_path, alone):
+    recipe = micro_recipe(micro_data, alone[0].parent.parent, **{**FIELDS, "steps": 25})
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    (_, first), (_, second) = together(said, ["train", str(tmp_path / "recipe.yaml")])
+    assert len(first) == 1
+    assert second == []
+
+
+def ending(recipe):
+    return watched(recipe, poison_second)[0], signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_comparison_hears_signals_after_a_diverged_run(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    assert together(ending, recipe) == [("Diverged", True)] * 2
+
+
+def failing_report(recipe):
+    if is_main():
+        compare_run._report = None  # calling it is a TypeError
+    try:
+        compare(recipe, ["additive"], [0], "ddl compare")
+    except (TypeError, UserError) as error:
+        return type(error).__name__
+
+
+def test_a_report_that_fails_names_the_lost_process(micro_data, tmp_path):
+    assert together(failing_report, micro_recipe(micro_data, tmp_path)) == [
+        "TypeError", "LostProcess",
+    ]  # fmt: skip
+
+
+def plain(arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        main(arguments)
+    return stderr.getvalue()
+
+
+def test_a_planted_file_of_one_process_is_said(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
+    together(watched, recipe, preempt_second)
+    checkpoint = recipe.run_folder / "checkpoint-13"
+    name = "rng_state_1.pth"
+    torch.save({"python": io.StringIO("not numbers")}, checkpoint / name)
+    contents = json.loads((checkpoint / "contents.json").read_text())
+    data = (checkpoint / name).read_bytes()
+    contents[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "contents.json").write_text(json.dumps(contents))
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    first, second = together(plain, ["train", str(tmp_path / "recipe.yaml")])
+    assert "another process of this run is gone" in first
+    assert "more than numbers" in second

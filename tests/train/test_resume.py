@@ -26,6 +26,8 @@ from train.micro import (
 from deep_delta.data import prepare
 from deep_delta.train import Interrupted, read_result, train
 from deep_delta.train.checkpoint import fault
+from deep_delta.train.recipe import save_recipe
+from deep_delta_cli import main
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,13 @@ def test_a_signal_saves_and_the_same_call_goes_on(
     assert [row["step"] for row in rows_of(recipe.run_folder, "loss")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_would_start_over_is_not_advised(micro_data, tmp_path, at_pass, capsys):
+    save_recipe(micro_recipe(micro_data, tmp_path, resume="never"), tmp_path / "recipe.yaml")
+    at_pass(3, press_ctrl_c)
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 128 + signal.SIGINT
+    assert "the same command without --resume never goes on" in capsys.readouterr().err
+
+
 def test_a_second_ctrl_c_ends_the_run_at_once(micro_data, tmp_path, at_pass):
     def twice():
         press_ctrl_c()
@@ -219,6 +228,44 @@ def test_resume_from_a_path(micro_data, tmp_path, whole):
     assert losses(second.run_folder) == losses(whole)[-3:]
 
 
+def test_a_run_from_a_path_goes_on_by_the_same_command(micro_data, tmp_path, at_pass, whole):
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=2, keep_checkpoints=3)
+    train(first)
+    start = first.run_folder / "checkpoint-2"
+    second = micro_recipe(micro_data, tmp_path / "second", resume=str(start))
+    at_pass(3, press_ctrl_c)
+    with pytest.raises(Interrupted):
+        train(second)
+    shutil.rmtree(start)  # as the run has begun, it is no longer needed
+    for _ in range(2):
+        train(second)
+        assert losses(second.run_folder) == [row for row in losses(whole) if row[0] > 2]
+        equal_weights(second.run_folder, whole)
+
+
+def test_from_a_path_other_checkpoints_are_not_taken(micro_data, tmp_path, at_pass, whole, capsys):
+    """Neither those of another beginning nor, back in the same folder, the later ones."""
+    recipe = micro_recipe(micro_data, tmp_path / "run", save_every=1, keep_checkpoints=4)
+    at_pass(6, crash)
+    with pytest.raises(RuntimeError, match="gone"):
+        train(recipe)
+    other = micro_recipe(micro_data, tmp_path / "other", save_every=2, keep_checkpoints=3)
+    train(other)
+    back = recipe.run_folder / "checkpoint-2"
+    for start, aside in ((back, {3, 4, 5}), (other.run_folder / "checkpoint-2", {2, 3, 4})):
+        at_pass(3, crash)
+        again = dataclasses.replace(recipe, resume=str(start))
+        with pytest.raises(RuntimeError, match="gone"):
+            train(again)
+        names = {f"other-checkpoint-{step}" for step in aside}
+        assert names <= {path.name for path in recipe.run_folder.iterdir()}
+        assert names == {
+            line.split()[-1] for line in capsys.readouterr().err.splitlines() if "aside" in line
+        }
+    train(again)
+    same_run(recipe.run_folder, whole)
+
+
 def test_another_rate_counts_from_a_path(micro_data, tmp_path):
     """Weights, moments and the place in the schedule come with it, the rest is the recipe's."""
     first = micro_recipe(micro_data, tmp_path / "first", save_every=2)
@@ -231,6 +278,33 @@ def test_another_rate_counts_from_a_path(micro_data, tmp_path):
         assert row["lr"] == pytest.approx(rates[row["step"]] / 2)
     moved, expected = (weights(recipe.run_folder) for recipe in (second, first))
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in moved.items())
+
+
+def test_the_speed_counts_from_the_checkpoint(micro_data, tmp_path):
+    """Also where the rest of the run is a single row."""
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=4)
+    train(first)
+    start = str(first.run_folder / "checkpoint-4")
+    second = micro_recipe(micro_data, tmp_path / "second", resume=start, log_every=9, eval_every=6)
+    result = train(second)
+    (row,) = rows_of(second.run_folder, "loss")
+    assert row["step"] == 6
+    assert result.tokens_per_s == row["tokens_per_s"]
+    assert result.tokens_per_s == pytest.approx(2 * 4 * 16 / row["seconds"], rel=1e-2)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_other_parameter_groups_go_on_from_a_path(micro_data, tmp_path, before):
+    """Without decay decay_residual only sorts parameters, so that nothing else may change."""
+    wide = {"mup_base_width": 8}
+    fields = {"weight_decay": 0.0, "model": wide, "decay_residual": before}
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=4, **fields)
+    train(first)
+    fields |= {"resume": str(first.run_folder / "checkpoint-4"), "decay_residual": not before}
+    second = micro_recipe(micro_data, tmp_path / "second", **fields)
+    train(second)
+    assert losses(second.run_folder) == losses(first.run_folder)[-3:]
+    equal_weights(second.run_folder, first.run_folder)
 
 
 @pytest.mark.parametrize(
