@@ -19,6 +19,7 @@ from data_helpers import read_split, shard_bytes, user_error, write_jsonl
 from deep_delta.data import encode as encode_module
 from deep_delta.data import parquet as parquet_module
 from deep_delta.data import prepare
+from deep_delta.data.files import write_atomically
 from deep_delta.data.writer import ShardWriter
 
 # The package's name `prepare` is the function.
@@ -83,7 +84,8 @@ def slowly(inputs: list[str], out: Path, pids: Path, processes: int) -> None:
 
     def slow(*arguments):
         time.sleep(0.02)
-        pids.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+        children = " ".join(str(child.pid) for child in multiprocessing.active_children())
+        write_atomically(pids, children.encode())  # the kill may come at any moment
         add(*arguments)
 
     ShardWriter.add = slow
