@@ -1,4 +1,4 @@
-"""``audit.html``: what one checkpoint, or two, does with its state; its plots as PNG files.
+"""``audit.html``: what one checkpoint, or two, does with its state; its plots as PNG and SVG.
 
 The summary is that of ``deep_delta.audit``, whose numbers ``docs/audit.md`` defines.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from deep_delta.report import audit_charts, numbers, render
 from deep_delta.report.audit_lines import Chart, mean, place
 from deep_delta.report.page import whole_page
+from deep_delta.report.parts import bullets, facts, figure, section, table
 
 PAGE_NAME = "audit.html"
 
@@ -18,7 +19,7 @@ Summary = Mapping[str, Any]
 
 
 def write_audit(summary: Summary, out_dir: Path) -> Path:
-    """Write ``audit.html`` and a PNG of every chart into ``out_dir``; return the page's path.
+    """Write ``audit.html`` and every chart as PNG and SVG into ``out_dir``; return the page's path.
 
     Raises UserError, before anything is written, if matplotlib is not installed.
     """
@@ -27,18 +28,19 @@ def write_audit(summary: Summary, out_dir: Path) -> Path:
     for heading, text, charts in audit_charts.sections(summary):
         drawn += charts
         body = "\n".join(_figure(chart) for chart in charts)
-        sections.append(_section(heading, f"<p>{escape(text)}</p>\n{body}"))
+        sections.append(section(heading, f"<p>{escape(text)}</p>\n{body}"))
     sections += [
         *(
-            _section(f"Every sublayer of {one['name']}", _table(one))
+            section(f"Every sublayer of {one['name']}", _table(one))
             for one in summary["checkpoints"]
         ),
-        _section("How it was measured", _provenance(summary)),
-        _section("How to read this", _caveats()),
+        section("How it was measured", _provenance(summary)),
+        section("How to read this", _caveats()),
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
     for chart in drawn:
         render.save_png(chart.figure, out_dir / f"{chart.name}.png")
+        render.save_svg(chart.figure, out_dir / f"{chart.name}.svg")
     path = out_dir / PAGE_NAME
     path.write_text(whole_page(_title(summary), "\n".join(sections)), encoding="utf-8")
     return path
@@ -46,10 +48,6 @@ def write_audit(summary: Summary, out_dir: Path) -> Path:
 
 def _title(summary: Summary) -> str:
     return "Audit of " + " and ".join(one["name"] for one in summary["checkpoints"])
-
-
-def _section(heading: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
 
 
 def _headline(summary: Summary) -> str:
@@ -123,11 +121,7 @@ def _interval(entry: Mapping[str, Any], decimals: int, signed: bool = False) -> 
 
 def _figure(chart: Chart) -> str:
     drawing = render.inline_svg(chart.figure, chart.name, chart.title, chart.description)
-    return (
-        f'<figure>\n<div class="scroll" role="region" tabindex="0" aria-label="'
-        f'{escape(chart.title)}">\n{drawing}\n</div>\n'
-        f"<figcaption>{escape(chart.title)}. {escape(chart.caption)}</figcaption>\n</figure>"
-    )
+    return figure(drawing, chart.title, f"{chart.title}. {chart.caption}")
 
 
 def _table(one: Mapping[str, Any]) -> str:
@@ -147,18 +141,12 @@ def _table(one: Mapping[str, Any]) -> str:
     ]
     shown = [(name, [cell(sublayer) for sublayer in one["sublayers"]]) for name, cell in columns]
     shown = [(name, cells) for name, cells in shown if any(cells)]  # what is absent has no column
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in [("sublayer", 0), *shown])
-    body = ""
-    for row, sublayer in enumerate(one["sublayers"]):
-        cells = "".join(
-            f"<td>{escape(cells[row] or numbers.MISSING_CELL)}</td>" for _, cells in shown
-        )
-        body += f'<tr><th scope="row">{escape(place(sublayer))}</th>{cells}</tr>\n'
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="Sublayers of '
-        f'{escape(one["name"])}">\n<table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}</tbody>\n</table>\n</div>"
-    )
+    rows = [
+        [place(sublayer), *(cells[row] or numbers.MISSING_CELL for _, cells in shown)]
+        for row, sublayer in enumerate(one["sublayers"])
+    ]
+    names = ["sublayer", *(name for name, _ in shown)]
+    return table(f"Sublayers of {one['name']}", names, rows)
 
 
 def _cell(entry: Mapping[str, Any], decimals: int) -> str:
@@ -175,13 +163,13 @@ def _effect(effects: Mapping[Any, Any], sublayer: Mapping[str, Any], name: str) 
 def _provenance(summary: Summary) -> str:
     data = summary["data"]
     apart = "kept apart" if data["documents_apart"] else "following one another"
-    facts: list[tuple[str, str]] = [
+    listed: list[tuple[str, str]] = [
         (key, str(summary[key]))
         for key in ("command", "commit", "device", "date", "torch", "transformers")
         if summary.get(key)
     ]
-    facts += [(f"checkpoint {one['name']}", one["path"]) for one in summary["checkpoints"]]
-    facts.append(
+    listed += [(f"checkpoint {one['name']}", one["path"]) for one in summary["checkpoints"]]
+    listed.append(
         (
             "text",
             f"{data['folder']}, split {data['split']}, tokenizer {data['tokenizer']}; "
@@ -189,9 +177,8 @@ def _provenance(summary: Summary) -> str:
             f"{apart}",
         )
     )
-    facts.append(("arithmetic", "the reference in fp32; statistics in fp64"))
-    rows = (f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts)
-    return "<dl>\n" + "\n".join(rows) + "\n</dl>"
+    listed.append(("arithmetic", "the reference in fp32; statistics in fp64"))
+    return facts([(key, escape(value)) for key, value in listed])
 
 
 def _caveats() -> str:
@@ -206,4 +193,4 @@ def _caveats() -> str:
         "The gate of a write-only model is not told apart from its target: only their product "
         "reaches the state. What a residual does not have is left out, not shown as zero.",
     ]
-    return "<ul>\n" + "\n".join(f"<li>{escape(point)}</li>" for point in points) + "\n</ul>"
+    return bullets(points)

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from report.browser import SCHEMES, check_page, needs_chromium
 from safetensors.torch import load_file, save_file
 from train.micro import user_error
 
@@ -69,6 +70,15 @@ class Page(HTMLParser):
 
 def page_of(folder) -> Page:
     return Page((folder / "audit.html").read_text(encoding="utf-8"))
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_page_in_a_browser(run, checkpoint, tmp_path, scheme):
+    run(checkpoint("ddl-cc"), checkpoint("additive"))
+    plots = list((tmp_path / "out").glob("*.png"))
+    assert len(plots) == len(list((tmp_path / "out").glob("*.svg"))) > 5
+    check_page(tmp_path / "out" / "audit.html", len(plots), scheme)
 
 
 def test_two_checkpoints_from_files_to_page(run, checkpoint, tmp_path):
