@@ -14,7 +14,6 @@ from deep_delta.audit.streams import Means
 from deep_delta.audit.sublayer import SublayerStatistics
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaForCausalLM
-from deep_delta.model.presets import VARIANTS
 
 # Rounding of fp32 sums over a width of thousands stays below; a wrong write does not.
 TOLERANCE = 1e-5
@@ -159,14 +158,3 @@ def sequence_losses(model: DeepDeltaForCausalLM, batch: Mapping[str, Tensor]) ->
         for i in range(len(labels))
     ]
     return torch.stack(losses).double().unsqueeze(-1)
-
-
-def variant_name(model: DeepDeltaForCausalLM) -> str | None:
-    """The preset that the model's residual is of, if it is one's."""
-    defaults = {"residual": "delta", "erase": True}
-    for name, fields in VARIANTS.items():
-        if all(
-            getattr(model.config, key) == value for key, value in {**defaults, **fields}.items()
-        ):
-            return name
-    return None

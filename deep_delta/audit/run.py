@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from deep_delta.audit import inputs
-from deep_delta.audit.auditor import TOLERANCE, Auditor, variant_name
+from deep_delta.audit.auditor import TOLERANCE, Auditor
 from deep_delta.audit.streams import LEVEL, Means
 from deep_delta.audit.sublayer import BORDERS, GATE_BINS, GATE_TOP, REGIMES
 from deep_delta.data import PackedSequences
 from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
+from deep_delta.model.presets import variant_of
 from deep_delta.report.audit import write_audit
 
 JSON_NAME = "audit.json"
@@ -147,7 +148,8 @@ def _batches(
 def _names(checkpoints: Sequence[Path], models: Sequence[Any]) -> list[str]:
     """The variants, or the folders' names; numbered where they are the same."""
     names = [
-        variant_name(model) or path.name for path, model in zip(checkpoints, models, strict=True)
+        variant_of(model.config) or path.name
+        for path, model in zip(checkpoints, models, strict=True)
     ]
     if len(set(names)) == len(names):
         return names

@@ -13,12 +13,11 @@ from deep_delta.data.texts import one_line
 from deep_delta.data.tokenizer import TOKENIZER_NAME
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
-from deep_delta.model.presets import SIZES, VARIANTS
+from deep_delta.model.presets import size_of, variant_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 CUSTOM = "custom"
-_IDENTITY = {"residual": "delta", "erase": True}  # what the presets leave at its default
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(
         folder,
         model.eval().to(device),
-        *names_of(model.config),
+        variant_of(model.config) or CUSTOM,
+        size_of(model.config) or CUSTOM,
         weights_sha256={
             path.name: sha256_of(path)
             for pattern in WEIGHTS
@@ -103,31 +103,3 @@ def check_folder(folder: Path) -> None:
         )
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise UserError(f"{folder} has no weights: it needs model.safetensors")
-
-
-def names_of(config: DeepDeltaConfig) -> tuple[str, str]:
-    """Which preset's variant and size a configuration has, each "custom" if of none.
-
-    By what makes the variant (state, compressor, embedding convolution, erase) and the size (depth
-    and width); gates, targets and initialisation may differ from the preset's.
-    """
-    return (
-        _matching(config, {name: {**_IDENTITY, **fields} for name, fields in VARIANTS.items()}),
-        _matching(
-            config,
-            {
-                name: {key: fields[key] for key in fields if key in _SHAPE}
-                for name, fields in SIZES.items()
-            },
-        ),
-    )
-
-
-_SHAPE = {"hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
-
-
-def _matching(config: DeepDeltaConfig, presets: dict[str, dict]) -> str:
-    for name, fields in presets.items():
-        if all(getattr(config, field) == value for field, value in fields.items()):
-            return name
-    return CUSTOM

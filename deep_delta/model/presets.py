@@ -57,6 +57,30 @@ def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(table)}")
 
 
+def variant_of(config: Any) -> str | None:
+    """The variant whose state, compressor, embedding convolution and erase a configuration has.
+
+    Gates, targets and initialisation may differ from the variant's. None for another combination.
+    """
+    unsaid = {"residual": "delta", "erase": True}  # where variants have the default
+    return _matching(config, {name: {**unsaid, **fields} for name, fields in VARIANTS.items()})
+
+
+def size_of(config: Any) -> str | None:
+    """The size whose depth, width and heads a configuration has; None for another combination."""
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    return _matching(
+        config, {name: {key: fields[key] for key in shape} for name, fields in SIZES.items()}
+    )
+
+
+def _matching(config: Any, presets: Mapping[str, Mapping[str, Any]]) -> str | None:
+    for name, fields in presets.items():
+        if all(getattr(config, field) == value for field, value in fields.items()):
+            return name
+    return None
+
+
 def preset_fields(variant: str, size: str, parameterization: str = "paper") -> dict[str, Any]:
     """The config fields of a variant at a size; ValueError for a name that does not exist."""
     fields = {**lookup("size", size, SIZES), **lookup("variant", variant, VARIANTS)}

@@ -188,11 +188,16 @@ def _data_folder(recipe: Recipe) -> Path:
     return Path(recipe.data)
 
 
+def _check_data(folder: Path) -> None:
+    """Read all shards once, which one process should do: it would cost every other as much."""
+    for split in ("train", "val"):
+        TokenShards.open(folder, split)
+
+
 def _datasets(
     recipe: Recipe, folder: Path, config: DeepDeltaConfig
 ) -> tuple[NumberedSequences, Subset, Manifest]:
-    # One process reads everything to check it; that would cost the others as much again.
-    on_main(lambda: [TokenShards.open(folder, split) for split in ("train", "val")] and None)
+    on_main(lambda: _check_data(folder))
     train_shards, val_shards = (
         TokenShards.open(folder, split, verify=False) for split in ("train", "val")
     )
