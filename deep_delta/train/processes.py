@@ -1,9 +1,12 @@
 """Several processes that train one model: what only the main one does, and how they agree.
 
-With one process, everything here does what it says without any communication.
+With one process, everything here does what it says without any communication. With several, what
+is said here travels between the hosts, whatever the GPUs have among themselves: there it shows at
+once that a process is gone, while a GPU would wait for it, and its own process with it.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +17,9 @@ from torch import distributed as dist
 from deep_delta.errors import UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=10)  # for a machine that vanished without closing its connections
+# For a machine that vanished without closing its connections: in a step, and where the main process
+# checks data or saves and the others wait.
+PATIENCE, LONG_PATIENCE = timedelta(minutes=10), timedelta(minutes=30)
 # What the libraries below say when the other side is gone.
 CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 SILENT = "Timed out waiting"  # what gloo says after the patience is over
@@ -36,6 +41,12 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+@functools.cache  # one of a kind is enough for all runs of a comparison
+def _hosts(patience: timedelta) -> Any:
+    """The group of all processes that communicates between hosts; all must ask for it together."""
+    return dist.new_group(backend="gloo", timeout=patience)
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Run the action in the main process; its result, or its UserError or OSError, in all."""
     if processes() == 1:
@@ -46,7 +57,7 @@ def on_main(action: Callable[[], T]) -> T:
             told[0] = action()
         except (UserError, OSError) as error:
             told[1] = error
-    dist.broadcast_object_list(told, src=0)
+    dist.broadcast_object_list(told, src=0, group=_hosts(LONG_PATIENCE))
     result, failure = told
     if failure is not None:
         failure.in_all = True  # one process need say it
@@ -58,25 +69,20 @@ def everyones(value: T) -> list[T]:
     """The value of every process, in the order of ranks."""
     values: list[Any] = [value] * processes()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_hosts(LONG_PATIENCE))
     return values
 
 
 def wait_for_all() -> None:
     """Return when every process has come here."""
-    everyones(None)  # dist.barrier would do too, and warn about the device it takes
+    everyones(None)
 
 
 class Agreement:
-    """A number that all processes agree on, at every step, without waiting for a GPU.
-
-    It travels between the hosts, which also shows at once that another process is gone: GPUs
-    would wait for it.
-    """
+    """A number that all processes agree on, at every step, without waiting for a GPU."""
 
     def __init__(self) -> None:
-        several = processes() > 1
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self._group = _hosts(PATIENCE) if processes() > 1 else None
 
     def highest(self, number: int) -> int:
         """The highest of all processes' numbers."""
@@ -108,4 +114,5 @@ def lost_processes_named() -> Iterator[None]:
 def leave() -> None:
     """Take this process out of its group, at the end of the program."""
     if dist.is_initialized():
+        _hosts.cache_clear()
         dist.destroy_process_group()

@@ -33,7 +33,7 @@ from deep_delta.train.folder import (
     save_weight_decay,
 )
 from deep_delta.train.metrics import MetricsWriter
-from deep_delta.train.processes import is_main, lost_processes_named, on_main
+from deep_delta.train.processes import is_main, lost_processes_named, on_main, wait_for_all
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
 from deep_delta.train.trackers import Trackers
@@ -121,6 +121,7 @@ def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
         trainer.add_callback(stopper)
         on_main(lambda: save_weight_decay(trainer, model, folder / "weight_decay.json"))
         warm_up(trainer, model, train_data)
+        wait_for_all()  # out of memory in one process, say, ends all of them here
         not_finite: NotFinite | None = None
         try:
             if start < recipe.steps:  # else only what follows the last step is missing

@@ -24,7 +24,7 @@ from deep_delta.compare import compare
 from deep_delta.compare import run as compare_run
 from deep_delta.errors import UserError
 from deep_delta.train import Interrupted, processes, train, trainer
-from deep_delta.train.processes import Agreement, is_main
+from deep_delta.train.processes import Agreement, everyones, is_main, leave, on_main
 from deep_delta.train.recipe import save_recipe
 from deep_delta.train.trainer import SEQUENCE, DeltaTrainer
 from deep_delta_cli import main
@@ -160,6 +160,7 @@ def test_compiled_layers_train_alike(micro_data, tmp_path, alone, parallel):
     same_end(recipe.run_folder, alone[0])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs can do what is asked for here")
 def test_another_wrapper_than_the_recipes_is_refused(micro_data, tmp_path):
     """As accelerate would take one on a CPU without a word."""
     recipe = micro_recipe(micro_data, tmp_path, parallel="fsdp2", **FIELDS)
@@ -320,6 +321,23 @@ def ending(recipe):
 def test_a_comparison_hears_signals_after_a_diverged_run(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     assert together(ending, recipe) == [("Diverged", True)] * 2
+
+
+def over_hosts():
+    from torch.testing._internal.distributed import fake_pg  # its groups send nothing
+
+    dist.Backend.register_backend("mute", fake_pg._create_fake_pg, True, devices=["cpu"])
+    dist.init_process_group("mute")
+    found = on_main(os.getpid), everyones(dist.get_rank()), Agreement().highest(dist.get_rank())
+    leave()
+    return found
+
+
+def test_what_is_said_travels_between_hosts():
+    """Whatever the GPUs have among themselves: there, who waits for a lost process waits on."""
+    first, second = together(over_hosts)
+    assert first == second == (first[0], [0, 1], 1)
+    assert isinstance(first[0], int)
 
 
 def failing_report(recipe):

@@ -12,6 +12,7 @@ import signal
 
 import pytest
 import torch
+from accelerate import data_loader
 from safetensors.torch import load_file
 from train.micro import (
     equal_weights,
@@ -27,6 +28,7 @@ from deep_delta.data import prepare
 from deep_delta.train import Interrupted, read_result, train
 from deep_delta.train.checkpoint import fault
 from deep_delta.train.recipe import save_recipe
+from deep_delta.train.trainer import SEQUENCE, DeltaTrainer
 from deep_delta_cli import main
 
 
@@ -380,6 +382,30 @@ def test_other_data_under_the_same_path_is_refused(micro_data, tmp_path):
     source.write_text("\n".join(lines) + "\n")
     prepare([str(source)], shards, val_fraction=0.25)
     assert "other data" in user_error(train, recipe)
+
+
+def test_a_resumed_epoch_does_not_wait_for_its_copies_either(micro_data, tmp_path, monkeypatch):
+    """As on a GPU, where a loader's copies are asked for without waiting for them."""
+    train(micro_recipe(micro_data, tmp_path / "first", save_every=3))
+    loader, send = DeltaTrainer.get_train_dataloader, data_loader.send_to_device
+    waited = []
+
+    def prompt_loader(self):
+        made = loader(self)
+        made._non_blocking = True
+        return made
+
+    def noted_send(batch, device, non_blocking=False, **options):
+        if SEQUENCE in batch:
+            waited.append(not non_blocking)
+        return send(batch, device, non_blocking=non_blocking, **options)
+
+    monkeypatch.setattr(DeltaTrainer, "get_train_dataloader", prompt_loader)
+    monkeypatch.setattr(data_loader, "send_to_device", noted_send)
+    start = tmp_path / "first" / "ddl-cc" / "seed-0" / "checkpoint-3"
+    train(micro_recipe(micro_data, tmp_path / "second", resume=str(start)))
+    assert waited
+    assert not any(waited)
 
 
 def test_a_resumed_run_keeps_the_intervals_it_is_given(micro_data, tmp_path):
