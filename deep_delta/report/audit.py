@@ -70,6 +70,12 @@ def findings(summary: Summary) -> list[str]:
     for one in summary["checkpoints"]:
         name, erasing = one["name"], [u for u in one["sublayers"] if u["gate"] is not None]
         sentences.append(f"{name}: loss {_interval(one['loss'], 4)} nats/token.")
+        if one["sublayers"][0]["channels"] is not None:
+            ranks = [u["channels"]["effective_rank"] for u in one["sublayers"]]
+            sentences.append(
+                f"{name}: of {one['value_channels']} value channels X uses {min(ranks):.2f} to "
+                f"{max(ranks):.2f} (effective rank; 1 is one channel, repeated)."
+            )
         if not erasing:
             sentences.append(f"{name} erases nothing: it has no gate regimes and no discrepancy.")
             continue

@@ -10,13 +10,14 @@ from deep_delta.report.audit_lines import (
     One,
     Summary,
     by_kind,
+    colour_of,
     each,
     line_of,
     place,
     say,
     slug,
 )
-from deep_delta.report.audit_plots import Line, over_depth, shaded
+from deep_delta.report.audit_plots import COLOURS, Line, over_depth, shaded
 
 
 def sections(summary: Summary) -> list[tuple[str, str, list[Chart]]]:
@@ -82,7 +83,9 @@ def _discrepancy(one: One, suffix: str) -> Iterable[Chart]:
     own = [sublayer for sublayer in one["sublayers"] if sublayer["discrepancy"] is not None]
     if own:
         lines = [
-            line_of(name, own, [s["discrepancy"][name] for s in own], colour=index, dash=index)
+            line_of(
+                name, own, [s["discrepancy"][name] for s in own], colour=COLOURS[index], dash=index
+            )
             for index, name in enumerate(("before", "after"))
         ]
         figure = over_depth(lines, "‖v − kᵀX‖ / √d_v", one["layers"], view=(0, None))
@@ -97,7 +100,9 @@ def _sizes(one: One, suffix: str) -> Iterable[Chart]:
     for index, (key, label) in enumerate(names):
         own = [sublayer for sublayer in one["sublayers"] if sublayer[key] is not None]
         if own:
-            lines.append(line_of(label, own, [s[key] for s in own], colour=index, dash=index))
+            lines.append(
+                line_of(label, own, [s[key] for s in own], colour=COLOURS[index], dash=index)
+            )
     if len(lines) == 2:  # nothing is erased: the net write is what is written
         lines = lines[:1]
     figure = over_depth(lines, "share of ‖X‖", one["layers"], view=(0, None))
@@ -112,7 +117,7 @@ def _growth(summary: Summary) -> Chart:
         start = line_of("", rows, [rows[0]["rms_after"]])
         line = line_of(
             one["name"], one["sublayers"], [s["rms_after"] for s in one["sublayers"]],
-            colour=number, dash=number,
+            colour=colour_of(summary, number), dash=number,
         )  # fmt: skip
         lines.append(
             Line(
@@ -121,8 +126,8 @@ def _growth(summary: Summary) -> Chart:
                 [*start.y, *line.y],
                 [*(start.low or ()), *(line.low or ())],
                 [*(start.high or ()), *(line.high or ())],
-                number,
-                number,
+                line.colour,
+                line.dash,
             )
         )
     layers = max(one["layers"] for one in summary["checkpoints"])
@@ -165,12 +170,14 @@ def _channel_shares(one: One, suffix: str) -> Iterable[Chart]:
         line_of(
             f"channel {channel + 1}", one["sublayers"],
             [s["channels"]["state_share"][channel] for s in one["sublayers"]],
-            colour=channel, dash=channel % 3,
+            colour=COLOURS[channel % len(COLOURS)], dash=channel % 3,
         )
         for channel in range(one["value_channels"])
     ]  # fmt: skip
     even = (1 / one["value_channels"], "even")
-    figure = over_depth(lines, "share of ‖X‖²", one["layers"], even, (0, None))
+    most = max(share for s in one["sublayers"] for share in s["channels"]["state_share"])
+    view = (0, max(1.6 * even[0], 1.1 * most))  # room above what is even
+    figure = over_depth(lines, "share of ‖X‖²", one["layers"], even, view)
     title = f"Use of the value channels, {one['name']}"
     yield Chart(f"channel-shares{suffix}", figure, title, say(lines))
 
@@ -245,7 +252,8 @@ def _channel_effects(one: One, suffix: str) -> Iterable[Chart]:
         lines = []
         for channel in range(1, one["value_channels"] + 1):
             own = [row for row in rows if row["channel"] == channel]
-            look = {"colour": channel - 1, "dash": (channel - 1) % 3}
+            colour = COLOURS[(channel - 1) % len(COLOURS)]
+            look = {"colour": colour, "dash": (channel - 1) % 3}
             lines.append(line_of(f"channel {channel}", own, own, **look))
         zero = (0.0, "")
         figure = over_depth(lines, "change in loss (nats/token)", one["layers"], zero)

@@ -3,7 +3,16 @@
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
-from deep_delta.report.audit_lines import KINDS, Chart, Summary, mean, place, say, slug
+from deep_delta.report.audit_lines import (
+    KINDS,
+    Chart,
+    Summary,
+    colour_of,
+    mean,
+    place,
+    say,
+    slug,
+)
 from deep_delta.report.audit_plots import Line, over_bins, shaded, stacked
 
 SHOWN_GATE_BINS = 40
@@ -73,7 +82,7 @@ def dependence(summary: Summary) -> Iterable[Chart]:
                         [_over(column, fmean) for column in columns],
                         [_over(column, min) for column in columns],
                         [_over(column, max) for column in columns],
-                        number if many else index,
+                        colour_of(summary, number),
                         index,
                     )
                 )

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deep_delta.report.audit_plots import Line
+from deep_delta.report.audit_plots import COLOURS, Line
+from deep_delta.report.style import variant_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,6 +77,18 @@ def say(lines: Sequence[Line]) -> str:
     return "In the order of depth. " + "; ".join(said) + "."
 
 
+def colour_of(summary: Summary, number: int) -> str:
+    """A checkpoint's colour: its variant's, as in every report, or another if the first has that.
+
+    Two of one variant are called "ddl-cc (1)" and "ddl-cc (2)".
+    """
+    variants = [one["name"].split(" (")[0] for one in summary["checkpoints"]]
+    own = variant_style(variants[number]).colour
+    if variants[number] in variants[:number]:
+        return next(colour for colour in COLOURS if colour != own)
+    return own
+
+
 def by_kind(summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], Any]) -> list[Line]:
     """A line for attention and one for the MLP of each checkpoint that has the value."""
     many = len(summary["checkpoints"]) > 1
@@ -84,7 +97,7 @@ def by_kind(summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], An
         for index, kind in enumerate(KINDS):
             own = [row for row in one[rows] if row["kind"] == kind and value(row) is not None]
             label = f"{one['name']}, {kind}" if many else kind
-            look = {"colour": number if many else index, "dash": index}
+            look = {"colour": colour_of(summary, number), "dash": index}
             if own:
                 lines.append(line_of(label, own, [value(row) for row in own], **look))
     return lines

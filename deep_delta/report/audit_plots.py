@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours whose contrast the style sheet's tests check, used in this order.
+# For what is no checkpoint (channels, before and after), in this order. Their contrast
+# is what the style sheet's tests ask for.
 COLOURS = tuple(
     variant_style(name).colour
     for name in ("ddl-cc", "write-only-cc", "ddl-scalar", "ddl-tc", "write-only-tc", "additive")
@@ -34,7 +35,7 @@ _SCALE_STEPS = 5
 class Line:
     """A labelled line. low and high are its interval; None, like a point's y, for what is absent.
 
-    colour, dash: indices into COLOURS and DASHES.
+    colour is hexadecimal, dash an index into DASHES.
     """
 
     label: str
@@ -42,7 +43,7 @@ class Line:
     y: Sequence[float | None]
     low: Sequence[float | None] | None = None
     high: Sequence[float | None] | None = None
-    colour: int = 0
+    colour: str = COLOURS[0]
     dash: int = 0
 
 
@@ -95,12 +96,12 @@ def _draw_lines(
     view: tuple[float | None, float | None] = (None, None),
 ) -> None:
     for number, line in enumerate(lines):
-        colour, marker = COLOURS[line.colour % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        _draw_interval(axes, line, colour)
+        marker = MARKERS[number % len(MARKERS)]
+        _draw_interval(axes, line)
         axes.plot(
             line.x,
             [float("nan") if y is None else y for y in line.y],
-            color=colour,
+            color=line.colour,
             linestyle=DASHES[line.dash],
             linewidth=1.5,
             marker=marker,
@@ -118,14 +119,14 @@ def _draw_lines(
     _label_ends(axes, lines, height)
 
 
-def _draw_interval(axes: "Axes", line: Line, colour: str) -> None:
+def _draw_interval(axes: "Axes", line: Line) -> None:
     if line.low is None or line.high is None:
         return
     bounds = zip(line.x, line.low, line.high, strict=True)
     whole = [(x, low, high) for x, low, high in bounds if low is not None and high is not None]
     if whole:
         x, low, high = (list(column) for column in zip(*whole, strict=True))
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=line.colour, alpha=0.18, linewidth=0)
 
 
 def _label_ends(axes: "Axes", lines: Sequence[Line], height: float) -> None:
@@ -136,7 +137,7 @@ def _label_ends(axes: "Axes", lines: Sequence[Line], height: float) -> None:
     ends = {number: _end(lines[number]) for number in drawn}
     wanted = [(ends[number][1] - bottom) / (top - bottom) for number in drawn]
     for number, place in zip(drawn, spread_apart(wanted, _LINE / height), strict=True):
-        colour = COLOURS[lines[number].colour % len(COLOURS)]
+        colour = lines[number].colour
         axes.annotate(
             "", xy=ends[number], xytext=(1.02, place), textcoords="axes fraction",
             annotation_clip=False,

@@ -18,6 +18,8 @@ from deep_delta.audit import audit
 from deep_delta.audit.inputs import frequency_bins, position_bins, trained_on
 from deep_delta.data import PackedSequences, TokenShards
 from deep_delta.model import DeepDeltaForCausalLM
+from deep_delta.report.audit_lines import colour_of
+from deep_delta.report.style import variant_style
 
 CONTEXT = {"command": "ddl audit x", "commit": "0123", "device": "CPU"}
 SMALL = {"sequences": 5, "seq_len": 16, "batch_size": 2, "context": CONTEXT}
@@ -106,6 +108,11 @@ def test_two_checkpoints_from_files_to_page(run, checkpoint, tmp_path):
     assert {"gate-1", "regimes-1", "erase-off", "overlap-1", "overlap-2", "state-size"} <= names
     assert "gate-2" not in names  # the additive model has none
     assert "additive erases nothing" in page.text
+    ranks = [sublayer["channels"]["effective_rank"] for sublayer in first["sublayers"]]
+    said = f"of 4 value channels X uses {min(ranks):.2f} to {max(ranks):.2f}"
+    assert said in page.text
+    growth = (out / "state-size.svg").read_text()
+    assert all(variant_style(name).colour in growth for name in ("ddl-cc", "additive"))
     assert "Self-test passed" in page.text
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
 
@@ -160,6 +167,7 @@ def test_two_of_one_variant_are_numbered(run, no_page, checkpoint):
     summary = run(path, path)
     assert [one["name"] for one in summary["checkpoints"]] == ["ddl-scalar (1)", "ddl-scalar (2)"]
     assert summary["loss_difference"]["mean"] == 0
+    assert colour_of(summary, 0) == variant_style("ddl-scalar").colour != colour_of(summary, 1)
 
 
 def test_one_sequence_has_no_interval(run, no_page, checkpoint):
