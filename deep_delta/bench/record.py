@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deep_delta.bench.timing import device_name
 from deep_delta.errors import UserError
-from deep_delta.report.provenance import commit
+from deep_delta.report.provenance import commit, hardware
 
 ENVIRONMENT = ("date", "commit", "command", "device", "torch", "triton", "transformers")
 MEASURED = (
@@ -30,7 +29,7 @@ def environment(command: str) -> dict[str, str]:
         "date": date,
         "commit": commit() or "unknown",
         "command": command,
-        "device": device_name(),
+        "device": hardware(),
         **packages,
     }
 

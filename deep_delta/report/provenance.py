@@ -1,10 +1,13 @@
-"""What a report says of the code that made it: the commit and the versions."""
+"""What a report says of how it was made: the commit, the versions and the hardware."""
 
 import os
+import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,3 +47,11 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def hardware(gpus: int = 1) -> str:
+    """What computes, in words: a GPU's name, with how many where there are several, or the CPU."""
+    if not torch.cuda.is_available():
+        return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name()
+    return name if gpus == 1 else f"{gpus} × {name}"

@@ -2,6 +2,8 @@
 
 import subprocess
 
+import torch
+
 from deep_delta.report import provenance
 
 
@@ -26,3 +28,14 @@ def test_commit(tmp_path, monkeypatch):
     assert provenance.commit() == f"{clean}-dirty"
     monkeypatch.setenv("DDL_COMMIT", "abc")  # where a copy lies in an older checkout
     assert provenance.commit() == "abc"
+
+
+def test_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert provenance.hardware() == provenance.hardware(2)  # processes share the one CPU
+    assert provenance.hardware().startswith("CPU (")
+    assert provenance.hardware().endswith(f"), {torch.get_num_threads()} threads")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert provenance.hardware() == "NVIDIA H100"
+    assert provenance.hardware(2) == "2 × NVIDIA H100"
