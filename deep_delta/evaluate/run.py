@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from deep_delta.checkpoint import check_folder
 from deep_delta.data.files import sha256_of, write_json_atomically
 from deep_delta.errors import UserError
-from deep_delta.evaluate.checkpoint import Checkpoint, check_folder, load_checkpoint
+from deep_delta.evaluate.checkpoint import Checkpoint, load_checkpoint
 from deep_delta.evaluate.summary import summarise
 from deep_delta.evaluate.tasks import TASKS, check_names, local_files
 from deep_delta.evaluate.text_loss import data_identity, text_loss
