@@ -40,12 +40,13 @@ from transformers import (
 
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.bench.model import STATE_DTYPES
-from deep_delta.bench.record import REPOSITORY, environment, table
+from deep_delta.bench.record import environment, table
 from deep_delta.data.manifest import SPLITS, Manifest
 from deep_delta.data.tokenizer import load_tokenizer
 from deep_delta.data.writer import ShardWriter, WriterState
 from deep_delta.errors import UserError
 from deep_delta.model.compile import compile_layers
+from deep_delta.report.provenance import REPOSITORY
 from deep_delta.train import run
 from deep_delta.train.groups import parameter_groups
 from deep_delta.train.recipe import Recipe, load_recipe, merge

@@ -153,7 +153,7 @@ def test_prepare_then_compare(ddl, here):
         ("compare --resume never", "--resume"),
         ("compare --varaints additive", "did you mean 'variants'?"),
         ("audit", "CHECKPOINT"),
-        ("audit nowhere", "nowhere is no checkpoint"),
+        ("audit nowhere", "there is no checkpoint folder nowhere"),
         ("audit empty", "empty is no checkpoint"),
         ("audit empty --out recipe.yaml", "recipe.yaml is a file"),
         ("audit empty --sequence 5", "did you mean '--sequences'?"),

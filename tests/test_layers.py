@@ -23,10 +23,11 @@ ALLOWED: dict[str, set[str]] = {
     "accounting": {"errors"},
     "residual": {"ops"},
     "model": {"residual", "ops"},
-    **{job: {"model", "residual", "ops", *LEAVES} for job in JOBS},
-    "compare": {"model", "residual", "ops", *LEAVES, *JOBS},
-    "study": {"model", "residual", "ops", *LEAVES, *JOBS, "compare"},
-    "cli": {"model", "residual", "ops", *LEAVES, *JOBS, "compare", "study"},
+    "checkpoint": {"model", "data", "errors"},
+    **{job: {"checkpoint", "model", "residual", "ops", *LEAVES} for job in JOBS},
+    "compare": {"checkpoint", "model", "residual", "ops", *LEAVES, *JOBS},
+    "study": {"checkpoint", "model", "residual", "ops", *LEAVES, *JOBS, "compare"},
+    "cli": {"checkpoint", "model", "residual", "ops", *LEAVES, *JOBS, "compare", "study"},
     "deep_delta": {"model", "residual", "ops", "version"},  # the package's own __init__
 }
 

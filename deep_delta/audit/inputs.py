@@ -1,20 +1,19 @@
 """What an audit reads: the checkpoint, the text, and the bins that its tokens fall into."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from deep_delta.checkpoint import load_model
 from deep_delta.data import Manifest, TokenShards, check_tokenizer, prepare_bundled
 from deep_delta.data.files import sha256_of
 from deep_delta.data.tokenizer import TOKENIZER_NAME
 from deep_delta.errors import UserError
-from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.model import DeepDeltaForCausalLM
 
 SPLIT = "val"
 LONGEST = 1024  # tokens of a sequence, unless told otherwise
@@ -22,35 +21,9 @@ FREQUENCIES = (10, 100, 1_000, 10_000)  # borders: occurrences per million token
 COUNT_AT_ONCE = 1 << 22
 
 
-def load(path: Path, device: torch.device) -> DeepDeltaForCausalLM:
-    """A checkpoint of this library by the reference, everything in fp32, ready for evaluation.
-
-    Errors: UserError for a folder that is none, or holds another kind of model.
-    """
-    config_path = path / "config.json"
-    if not config_path.is_file():
-        hint = f": give {path / 'final'}" if (path / "final" / "config.json").is_file() else ""
-        raise UserError(f"{path} is no checkpoint (it has no config.json){hint}")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path} is no checkpoint: it has a config.json, but no *.safetensors")
-    try:
-        kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
-        if kind != DeepDeltaConfig.model_type:
-            raise UserError(
-                f"{path} holds a model of the type {kind!r}; audit reads deep_delta's own"
-            )
-        config = DeepDeltaConfig.from_pretrained(path)
-        config.backend, config.state_dtype = "reference", None
-        loaded: Any = DeepDeltaForCausalLM.from_pretrained(
-            path, config=config, dtype="float32", output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be loaded: {reason}") from None
-    model, info = loaded
-    for name in sorted(info["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(f"{path} cannot be loaded: its weights lack {name}")
-    return model.to(device).eval()
+def load(path: Path) -> DeepDeltaForCausalLM:
+    """A checkpoint's model by the reference, everything in fp32. UserError as in `load_model`."""
+    return load_model(path, backend="reference", state_dtype=None, dtype="float32")
 
 
 def trained_on(checkpoint: Path, model: DeepDeltaForCausalLM) -> tuple[int, bool]:

@@ -56,8 +56,7 @@ def audit(
         raise UserError(f"--out {out} is a file: name a folder")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [inputs.load(path, device) for path in checkpoints]
+    models = [inputs.load(path) for path in checkpoints]
     trained, masked = inputs.trained_on(checkpoints[0], models[0])
     seq_len = seq_len or trained
     for path, model in zip(checkpoints, models, strict=True):
@@ -83,7 +82,7 @@ def audit(
         for name, model in zip(_names(checkpoints, models), models, strict=True)
     ]
     out.mkdir(parents=True, exist_ok=True)  # now, for what cannot be written ends here at once
-    difference = _run(auditors, packed, chosen, batch_size, device)
+    difference = _run(auditors, packed, chosen, batch_size)
     results = [auditor.result() for auditor in auditors]
     for result, path in zip(results, checkpoints, strict=True):
         result["path"] = str(path)
@@ -116,13 +115,10 @@ def audit(
 
 
 def _run(
-    auditors: Sequence[Auditor],
-    packed: PackedSequences,
-    chosen: Sequence[int],
-    batch_size: int,
-    device: torch.device,
+    auditors: Sequence[Auditor], packed: PackedSequences, chosen: Sequence[int], batch_size: int
 ) -> Means | None:
     """Every batch through every model, as it is and changed; the second's loss less the first's."""
+    device = auditors[0].model.device
     progress = Progress(-(-len(chosen) // batch_size))
     difference = Means(device=device) if len(auditors) > 1 else None
     for batch in _batches(packed, chosen, batch_size, device):

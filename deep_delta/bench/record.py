@@ -2,18 +2,14 @@
 
 import csv
 import difflib
-import os
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deep_delta.bench.timing import device_name
 from deep_delta.errors import UserError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from deep_delta.report.provenance import commit, hardware
 
 ENVIRONMENT = ("date", "commit", "command", "device", "torch", "triton", "transformers")
 MEASURED = (
@@ -31,37 +27,11 @@ def environment(command: str) -> dict[str, str]:
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {
         "date": date,
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "command": command,
-        "device": device_name(),
+        "device": hardware(),
         **packages,
     }
-
-
-def commit() -> str:
-    """The commit of this checkout, with "-dirty" if its source was changed since.
-
-    The variable DDL_COMMIT says it instead where a machine gets a copy of the files, with no
-    repository or an older one around them. Without both it is "unknown".
-    """
-    if given := os.environ.get("DDL_COMMIT"):
-        return given
-    try:
-        if Path(_git("rev-parse", "--show-toplevel")) != REPOSITORY:
-            return "unknown"  # the files lie inside another project's repository
-        head = _git("rev-parse", "--short=12", "HEAD")
-        # The CSV may be a file of the repository: that it grows makes no row doubtful.
-        changed = _git("status", "--porcelain", "--", "deep_delta", "deep_delta_*.py")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{head}-dirty" if changed else head
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
 
 
 def _version(package: str) -> str:

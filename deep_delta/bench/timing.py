@@ -20,11 +20,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name() -> str:
-    """The GPU's name, or "CPU"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
 def times(works: Sequence[Work], repeats: int, warm_up: int = WARM_UP) -> list[float]:
     """Seconds of each of `repeats` calls, made in turn on every one of `works`.
 

@@ -3,17 +3,14 @@
 import dataclasses
 import gc
 import json
-import platform
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from deep_delta.compare.summary import summarise
 from deep_delta.errors import UserError
 from deep_delta.model.presets import VARIANTS, lookup
 from deep_delta.report import print_table, write_report
-from deep_delta.report.provenance import commit, versions
+from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.train import Diverged, Recipe, RunResult, read_metrics, read_result, train
 from deep_delta.train.processes import lost_processes_named, on_main, processes
 
@@ -68,7 +65,7 @@ def _report(
     context = {
         "command": command,
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware(processes()),
         "versions": versions("torch", "transformers", "accelerate"),
         "recipe": _shared_fields(recipe),
     }
@@ -85,13 +82,6 @@ def _report(
     print_table(summary)
     print(f"\nreport: {out / 'report.html'}")
     return summary
-
-
-def hardware() -> str:
-    """The devices that train, in words."""
-    if torch.cuda.is_available():
-        return f"{processes()} × {torch.cuda.get_device_name()}"
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
 
 
 def _check_choices(variants: list[str], seeds: list[int]) -> None:

@@ -1,22 +1,18 @@
 """A checkpoint folder to be evaluated: its model, its tokenizer, and what it is called."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
+from deep_delta.checkpoint import WEIGHTS, load_model
 from deep_delta.data.files import sha256_of
 from deep_delta.data.texts import one_line
 from deep_delta.data.tokenizer import TOKENIZER_NAME
 from deep_delta.errors import UserError
-from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.model import DeepDeltaForCausalLM
 from deep_delta.model.presets import size_of, variant_of
 
-CONFIG_NAME = "config.json"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 CUSTOM = "custom"
 
 
@@ -53,26 +49,12 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load what `save_pretrained` or `ddl train` wrote.
-
-    Errors: UserError for a folder that is missing, no checkpoint, of another model family, or
-    whose weights are missing, damaged or do not fit its config.json.
-    """
-    check_folder(folder)
-    loaded: Any
-    try:
-        loaded = DeepDeltaForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
-        raise UserError(f"can't load {folder}: {one_line(error)}") from error
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} of the model's weights, first {missing[0]}")
+    """Load a checkpoint and hash its files. Errors: UserError as `load_model` raises it."""
+    model = load_model(folder)
     tokenizer = folder / TOKENIZER_NAME
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return Checkpoint(
         folder,
-        model.eval().to(device),
+        model,
         variant_of(model.config) or CUSTOM,
         size_of(model.config) or CUSTOM,
         weights_sha256={
@@ -82,24 +64,3 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         },
         tokenizer_sha256=sha256_of(tokenizer) if tokenizer.is_file() else None,
     )
-
-
-def check_folder(folder: Path) -> None:
-    """UserError unless the folder looks like a checkpoint of this model family."""
-    if not folder.is_dir():
-        raise UserError(f"there is no checkpoint folder {folder}")
-    config = folder / CONFIG_NAME
-    if not config.is_file():
-        final = folder / "final" / CONFIG_NAME
-        hint = f"did you mean {final.parent}?" if final.is_file() else "ddl train leaves one, final"
-        raise UserError(f"{folder} is no checkpoint, it has no {CONFIG_NAME}: {hint}")
-    try:
-        family = json.loads(config.read_bytes()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} is damaged: it is no JSON object") from error
-    if family != DeepDeltaConfig.model_type:
-        raise UserError(
-            f"{folder} is a checkpoint of model type {family!r}, not {DeepDeltaConfig.model_type!r}"
-        )
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise UserError(f"{folder} has no weights: it needs model.safetensors")

@@ -1,23 +1,22 @@
 """`ddl eval`: one checkpoint on prepared text and on tasks, resumable, with one report."""
 
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
+from deep_delta.checkpoint import check_folder
 from deep_delta.data.files import sha256_of, write_json_atomically
 from deep_delta.errors import UserError
-from deep_delta.evaluate.checkpoint import Checkpoint, check_folder, load_checkpoint
+from deep_delta.evaluate.checkpoint import Checkpoint, load_checkpoint
 from deep_delta.evaluate.summary import summarise
 from deep_delta.evaluate.tasks import TASKS, check_names, local_files
 from deep_delta.evaluate.text_loss import data_identity, text_loss
 from deep_delta.report.evaluation import print_evaluation, write_evaluation
-from deep_delta.report.provenance import commit, versions
+from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.version import __version__
 
 RESULTS = "results.json"
@@ -93,7 +92,7 @@ def evaluate(folder: Path, out: Path, settings: Settings, command: str) -> dict[
         {
             "command": command,
             "commit": commit(),
-            "hardware": _hardware(),
+            "hardware": hardware(),
             "versions": versions(*PACKAGES),
             "settings": {
                 "data": settings.data and str(settings.data),
@@ -186,9 +185,3 @@ def _context(checkpoint: Checkpoint, settings: Settings) -> int:
     if not 2 <= settings.context <= most:
         raise UserError(f"--context is {settings.context}; the model's lies between 2 and {most}")
     return settings.context
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"

@@ -15,7 +15,7 @@ from train.micro import user_error
 
 import deep_delta_cli
 from deep_delta.audit import audit
-from deep_delta.audit.inputs import frequency_bins, position_bins, trained_on
+from deep_delta.audit.inputs import frequency_bins, load, position_bins, trained_on
 from deep_delta.data import PackedSequences, TokenShards
 from deep_delta.model import DeepDeltaForCausalLM
 from deep_delta.report.audit_lines import colour_of
@@ -189,6 +189,14 @@ def test_bins_of_positions_and_frequencies(text):
         assert torch.equal(bins == index, (rate >= low) & (rate < high)), labels[index]
 
 
+def test_arithmetic_is_the_references_in_fp32_whatever_the_checkpoint_says(checkpoint):
+    path = checkpoint("ddl-cc", state_dtype="bfloat16")
+    DeepDeltaForCausalLM.from_pretrained(path, dtype="bfloat16").save_pretrained(path)
+    model = load(path)
+    assert (model.config.backend, model.config.state_dtype) == ("reference", None)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
 def test_sequences_are_the_trainings(checkpoint, tmp_path):
     path = checkpoint("ddl-scalar")
     model = DeepDeltaForCausalLM.from_pretrained(path)
@@ -241,12 +249,12 @@ def another_kind(data, path):
     [
         (without_validation, 'no tokens in the split "val"'),
         (another_tokenizer, "another tokenizer than the data"),
-        (no_weights, "no *.safetensors"),
-        (broken_weights, "cannot be loaded"),
-        (half_the_weights, "weights lack model.layers.1.mlp.up_proj.weight"),
-        (another_kind, "of the type 'gpt2'"),
+        (no_weights, "has no weights"),
+        (broken_weights, "can't load"),
+        (half_the_weights, "lacks 1 of the model's weights, first model.layers.1.mlp.up_"),
+        (another_kind, "model type 'gpt2'"),
         (lambda data, path: shutil.rmtree(data), "no such data folder"),
-        (lambda data, path: path.rename(path.with_name("final")), "give "),
+        (lambda data, path: path.rename(path.with_name("final")), "did you mean "),
     ],
 )
 def test_what_does_not_fit_is_one_line(checkpoint, text, tmp_path, capsys, spoil, expected):
@@ -255,6 +263,7 @@ def test_what_does_not_fit_is_one_line(checkpoint, text, tmp_path, capsys, spoil
     spoil(data, path)
     if not path.exists():
         path = tmp_path  # a run's folder in place of its final one
+    capsys.readouterr()  # what saving the checkpoint printed
     status = deep_delta_cli.main(["audit", str(path), "--data", str(data), "--out", "nowhere"])
     printed = capsys.readouterr().err.splitlines()
     assert (status, len(printed)) == (1, 1), printed

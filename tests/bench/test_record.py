@@ -1,12 +1,12 @@
-"""The rows of a benchmark: the CSV's header and columns, the commit, the table."""
+"""The rows of a benchmark: the CSV's header and columns, an unknown commit, the table."""
 
 import csv
-import subprocess
 
 import pytest
 
 from deep_delta.bench import record
 from deep_delta.errors import UserError
+from deep_delta.report import provenance
 
 
 def test_rows_are_appended_and_the_header_is_written_once(tmp_path, capsys):
@@ -45,27 +45,10 @@ def test_a_csv_that_cannot_be_written_is_one_line(tmp_path):
             record.Record("ddl", path)
 
 
-def test_commit(tmp_path, monkeypatch):
-    def git(*words):
-        identity = ["-c", "user.name=n", "-c", "user.email=e"]
-        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
-
-    monkeypatch.setattr(record, "REPOSITORY", tmp_path)
+def test_a_commit_that_nothing_tells_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     monkeypatch.delenv("DDL_COMMIT", raising=False)
-    assert record.commit() == "unknown"
-    (tmp_path / "deep_delta").mkdir()
-    (tmp_path / "deep_delta" / "new.py").write_text("")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "m")
-    clean = record.commit()
-    assert len(clean) == 12
-    (tmp_path / "results.csv").write_text("")
-    assert record.commit() == clean, "the rows themselves do not make the source dirty"
-    (tmp_path / "deep_delta" / "other.py").write_text("")
-    assert record.commit() == f"{clean}-dirty"
-    monkeypatch.setenv("DDL_COMMIT", "abc")  # where a copy lies in an older checkout
-    assert record.commit() == "abc"
+    assert record.environment("ddl")["commit"] == "unknown"
 
 
 def test_table():

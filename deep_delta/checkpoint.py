@@ -1,0 +1,55 @@
+"""A folder that `save_pretrained` or `ddl train` wrote: checked, and its model loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deep_delta.data.texts import one_line
+from deep_delta.errors import UserError
+from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+
+CONFIG_NAME = "config.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def load_model(folder: Path, **changes: Any) -> DeepDeltaForCausalLM:
+    """The model of a checkpoint, in evaluation mode, on the GPU if there is one.
+
+    changes: fields of the configuration, and the dtype, in place of the checkpoint's own.
+    Errors: UserError for a folder that is missing, no checkpoint, of another model family, or
+    whose weights are missing, damaged or do not fit its config.json.
+    """
+    check_folder(folder)
+    loaded: Any
+    try:
+        loaded = DeepDeltaForCausalLM.from_pretrained(folder, output_loading_info=True, **changes)
+    except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
+        raise UserError(f"can't load {folder}: {one_line(error)}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])  # transformers fills them with random numbers
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} of the model's weights, first {missing[0]}")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_folder(folder: Path) -> None:
+    """UserError unless the folder looks like a checkpoint of this model family."""
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint folder {folder}")
+    config = folder / CONFIG_NAME
+    if not config.is_file():
+        final = folder / "final" / CONFIG_NAME
+        hint = f"did you mean {final.parent}?" if final.is_file() else "ddl train leaves one, final"
+        raise UserError(f"{folder} is no checkpoint, it has no {CONFIG_NAME}: {hint}")
+    try:
+        family = json.loads(config.read_bytes()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config} is damaged: it is no JSON object") from error
+    if family != DeepDeltaConfig.model_type:
+        raise UserError(
+            f"{folder} is a checkpoint of model type {family!r}, not {DeepDeltaConfig.model_type!r}"
+        )
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise UserError(f"{folder} has no weights: it needs model.safetensors")
