@@ -200,7 +200,8 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
         context=options.context,
         limit=options.limit,
     )
-    out = options.out or folder.with_name(f"{folder.resolve().name}-eval")
+    whole = folder.resolve()  # "." has no name
+    out = options.out or whole.with_name(f"{whole.name}-eval")
     evaluate(folder, out, settings, "ddl " + shlex.join(sys.argv[1:]))
     return 0
 

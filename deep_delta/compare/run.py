@@ -3,6 +3,8 @@
 import dataclasses
 import gc
 import json
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,8 @@ from deep_delta.compare.summary import summarise
 from deep_delta.errors import UserError
 from deep_delta.model.presets import VARIANTS, lookup
 from deep_delta.report import print_table, write_report
-from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.train import Diverged, Recipe, RunResult, read_metrics, read_result, train
-from deep_delta.train.processes import lost_processes_named, on_main, processes
+from deep_delta.train.processes import lost_processes_named, on_main
 
 DEFAULT_VARIANTS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl-scalar")
 DEFAULT_SEEDS = (0, 1, 2)
@@ -62,13 +63,7 @@ def _report(
 ) -> dict[str, Any]:
     """Summarise the results, write the report and print the table."""
     out = Path(recipe.out)
-    context = {
-        "command": command,
-        "commit": commit(),
-        "hardware": hardware(processes()),
-        "versions": versions("torch", "transformers", "accelerate"),
-        "recipe": _shared_fields(recipe),
-    }
+    context = {"command": command, **made_with(results), "recipe": _shared_fields(recipe)}
     baseline = BASELINE if BASELINE in variants else None
     summary = summarise(results, folders, out, baseline, context)
     curves = {
@@ -82,6 +77,27 @@ def _report(
     print_table(summary)
     print(f"\nreport: {out / 'report.html'}")
     return summary
+
+
+def made_with(results: list[RunResult]) -> dict[str, Any]:
+    """Commit, hardware and versions of the runs; what differs between them one after the other.
+
+    Finished runs may have been made elsewhere than where they are reported.
+    """
+
+    def each(values: Iterable[str | None]) -> str:
+        return "; ".join(dict.fromkeys(value or "unknown" for value in values))
+
+    devices = each(run.hardware for run in results)
+    several = "; " in devices
+    used = [run.versions or {} for run in results]
+    return {
+        "commit": each(run.commit for run in results),
+        "hardware": devices + (": speeds and memory do not compare" if several else ""),
+        "versions": {
+            name: each(own.get(name) for own in used) for name in dict.fromkeys(chain(*used))
+        },
+    }
 
 
 def _check_choices(variants: list[str], seeds: list[int]) -> None:

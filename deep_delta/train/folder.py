@@ -14,6 +14,7 @@ from deep_delta.data import Manifest, TokenShards
 from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.train.checkpoint import (
     STAGE,
     UNREAD,
@@ -25,7 +26,7 @@ from deep_delta.train.checkpoint import (
 )
 from deep_delta.train.groups import width_scaled_names
 from deep_delta.train.metrics import read_metrics
-from deep_delta.train.processes import is_main, on_main
+from deep_delta.train.processes import is_main, on_main, processes
 from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
 from deep_delta.train.trainer import DeltaTrainer, NotFinite
 
@@ -44,6 +45,7 @@ class RunResult:
     flops_per_token: forward and backward.
     diverged: where the run stopped because a loss or gradient was no number, in one line; None if
         it did not. val_loss is None then.
+    hardware, commit, versions: with what it was finished; None where that is not known.
     """
 
     variant: str
@@ -56,6 +58,9 @@ class RunResult:
     peak_memory_bytes: int
     flops_per_token: float
     diverged: str | None = None
+    hardware: str | None = None
+    commit: str | None = None
+    versions: dict[str, str] | None = None
 
 
 class Diverged(UserError):
@@ -240,6 +245,9 @@ def save_result(
         peak_memory_bytes=memory,
         flops_per_token=flops_per_token(config, recipe.seq_len),
         diverged=diverged,
+        hardware=hardware(processes()),
+        commit=commit(),
+        versions=versions("torch", "triton", "transformers", "accelerate"),
     )
     write_json_atomically(folder / RESULT, asdict(result))
     return result

@@ -1,5 +1,6 @@
 """Comparisons from end to end, with models that train in a blink."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -10,7 +11,9 @@ import pytest
 from train.micro import losses, micro_recipe, user_error
 
 from deep_delta.compare import compare
-from deep_delta.train import Interrupted, Recipe
+from deep_delta.compare.run import made_with
+from deep_delta.report.provenance import hardware
+from deep_delta.train import Interrupted, Recipe, read_result
 
 VARIANTS, SEEDS = ["additive", "ddl-cc", "ddl-scalar"], [0, 1, 2]
 T_2 = 4.302653  # Student's t for 95 % with two degrees of freedom
@@ -76,6 +79,21 @@ def test_summary_says_how_it_was_run(finished, micro_data):
     assert recipe.keys() | {"variant", "seed", "out", "resume"} == vars(Recipe()).keys()
     assert {"python", "torch", "transformers", "deep-delta-learning"} <= finished["versions"].keys()
     assert {"hardware", "commit", "variants", "runs"} <= finished.keys()
+
+
+def test_runs_are_said_to_be_of_two_machines(finished, out):
+    own = read_result(out / "additive" / "seed-0")
+    assert finished["hardware"] == own.hardware == hardware()
+    assert finished["versions"] == own.versions
+    here = dataclasses.replace(own, hardware="A", commit="1", versions={"torch": "2"})
+    there = dataclasses.replace(here, hardware="B", versions={"torch": "3", "triton": "4"})
+    assert made_with([here, there, here]) == {
+        "commit": "1",
+        "hardware": "A; B: speeds and memory do not compare",
+        "versions": {"torch": "2; 3", "triton": "unknown; 4"},
+    }
+    older = dataclasses.replace(here, hardware=None, commit=None, versions=None)
+    assert made_with([older]) == {"commit": "unknown", "hardware": "unknown", "versions": {}}
 
 
 def test_runs_are_those_of_their_folders(finished, out):

@@ -106,3 +106,9 @@ def test_the_loss_needs_no_lm_eval(checkpoint, data, tmp_path, monkeypatch, caps
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"] == []
     line = refused(checkpoint, "--data", data, "--tasks", "all")
     assert "pip install 'deep-delta-learning[eval]'" in line
+
+
+def test_the_folder_one_stands_in_gets_its_results_beside_it(copy, data, monkeypatch):
+    monkeypatch.chdir(copy)
+    assert deep_delta_cli.main(["eval", ".", "--data", str(data.resolve())]) == 0
+    assert (copy.parent / "copy-eval" / "report.html").is_file()
