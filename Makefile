@@ -27,10 +27,11 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
 
-# On the machine that has the GPU, with its own CUDA build of torch: PYTEST="python3 -m pytest".
+# On the machine that has the GPU, with its own CUDA build of torch: PYTEST="python3 -m pytest". Tests are
+# named as they begin: GPUs can wait for each other for good.
 PYTEST ?= $(BIN)/python -m pytest
 test-gpu:
-	$(PYTEST) tests/gpu tests/ops/test_fused.py tests/ops/test_fused_memory.py tests/ops/test_wide.py tests/model/test_fused_model.py tests/model/test_sharded.py tests/train/test_processes.py
+	$(PYTEST) -vv tests/gpu tests/ops/test_fused.py tests/ops/test_fused_memory.py tests/ops/test_wide.py tests/model/test_fused_model.py tests/model/test_sharded.py tests/train/test_processes.py
 
 mutants: $(READY)
 	$(BIN)/python scripts/mutants.py
