@@ -93,9 +93,10 @@ def made_with(results: list[RunResult]) -> dict[str, Any]:
     used = [run.versions or {} for run in results]
     return {
         "commit": each(run.commit for run in results),
-        "hardware": devices + (": speeds and memory do not compare" if several else ""),
+        "hardware": devices + (": speeds and memory may not compare" if several else ""),
         "versions": {
-            name: each(own.get(name) for own in used) for name in dict.fromkeys(chain(*used))
+            name: each(own.get(name, "none") if own else None for own in used)
+            for name in dict.fromkeys(chain(*used))
         },
     }
 

@@ -74,7 +74,7 @@ def findings(summary: Summary) -> list[str]:
             ranks = [u["channels"]["effective_rank"] for u in one["sublayers"]]
             sentences.append(
                 f"{name}: of {one['value_channels']} value channels X uses {min(ranks):.2f} to "
-                f"{max(ranks):.2f} (effective rank; 1 is one channel, repeated)."
+                f"{max(ranks):.2f} (effective rank; 1: all of them are multiples of one)."
             )
         if not erasing:
             sentences.append(f"{name} erases nothing: it has no gate regimes and no discrepancy.")

@@ -6,6 +6,7 @@ from typing import Any
 
 from deep_delta.report.audit_gates import dependence, gates
 from deep_delta.report.audit_lines import (
+    KINDS,
     Chart,
     One,
     Summary,
@@ -117,7 +118,7 @@ def _growth(summary: Summary) -> Chart:
         start = line_of("", rows, [rows[0]["rms_after"]])
         line = line_of(
             one["name"], one["sublayers"], [s["rms_after"] for s in one["sublayers"]],
-            colour=colour_of(summary, number), dash=number,
+            colour=colour_of(summary, number, KINDS[0]), dash=number,
         )  # fmt: skip
         lines.append(
             Line(

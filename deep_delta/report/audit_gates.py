@@ -82,7 +82,7 @@ def dependence(summary: Summary) -> Iterable[Chart]:
                         [_over(column, fmean) for column in columns],
                         [_over(column, min) for column in columns],
                         [_over(column, max) for column in columns],
-                        colour_of(summary, number),
+                        colour_of(summary, number, kind),
                         index,
                     )
                 )

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deep_delta.report.audit_plots import COLOURS, Line
-from deep_delta.report.style import variant_style
+from deep_delta.report.audit_plots import Line
+from deep_delta.report.style import FALLBACK_COLOURS, variant_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,16 +77,20 @@ def say(lines: Sequence[Line]) -> str:
     return "In the order of depth. " + "; ".join(said) + "."
 
 
-def colour_of(summary: Summary, number: int) -> str:
+def colour_of(summary: Summary, number: int, kind: str) -> str:
     """A checkpoint's colour: its variant's, as in every report, or another if the first has that.
 
-    Two of one variant are called "ddl-cc (1)" and "ddl-cc (2)".
+    Two of one variant are called "ddl-cc (1)" and "ddl-cc (2)". A single checkpoint's MLPs have a
+    colour of their own, since bands of one colour cannot be told apart.
     """
-    variants = [one["name"].split(" (")[0] for one in summary["checkpoints"]]
-    own = variant_style(variants[number]).colour
-    if variants[number] in variants[:number]:
-        return next(colour for colour in COLOURS if colour != own)
-    return own
+    checkpoints = summary["checkpoints"]
+    first, *others = (variant_style(one["name"].split(" (")[0]).colour for one in checkpoints)
+    another = next(colour for colour in FALLBACK_COLOURS if colour != first)
+    if not others:
+        return first if kind == KINDS[0] else another
+    if number == 0:
+        return first
+    return another if others[0] == first else others[0]
 
 
 def by_kind(summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], Any]) -> list[Line]:
@@ -97,7 +101,7 @@ def by_kind(summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], An
         for index, kind in enumerate(KINDS):
             own = [row for row in one[rows] if row["kind"] == kind and value(row) is not None]
             label = f"{one['name']}, {kind}" if many else kind
-            look = {"colour": colour_of(summary, number), "dash": index}
+            look = {"colour": colour_of(summary, number, kind), "dash": index}
             if own:
                 lines.append(line_of(label, own, [value(row) for row in own], **look))
     return lines

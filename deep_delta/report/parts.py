@@ -73,7 +73,7 @@ def provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Command", code(summary["command"])),
         ("Commit", code(summary["commit"] or "not in a git repository")),
         ("Hardware", escape(summary["hardware"])),
-        ("Versions", escape(versions)),
+        ("Versions", escape(versions) or "unknown"),
     ]
 
 

@@ -45,7 +45,7 @@ _KNOWN: dict[str, tuple[str, Dash, str]] = {
     "ddl-cc": ("#0f76bd", SOLID, "*"),
 }
 
-_FALLBACK_COLOURS = ("#6f8f2f", "#1f9098", "#b05fc0", "#b5651d", "#5b7db8", "#c2567a")
+FALLBACK_COLOURS = ("#6f8f2f", "#1f9098", "#b05fc0", "#b5651d", "#5b7db8", "#c2567a")
 _FALLBACK_MARKERS = ("p", "H", ">", "8")
 
 KNOWN_VARIANTS = tuple(_KNOWN)
@@ -61,6 +61,6 @@ def variant_style(variant: str) -> VariantStyle:
         return VariantStyle(colour, dash, marker, variant)
     # crc32 and not hash(): the latter differs from process to process.
     code = zlib.crc32(variant.encode("utf-8"))
-    colour = _FALLBACK_COLOURS[code % len(_FALLBACK_COLOURS)]
-    marker = _FALLBACK_MARKERS[code // len(_FALLBACK_COLOURS) % len(_FALLBACK_MARKERS)]
+    colour = FALLBACK_COLOURS[code % len(FALLBACK_COLOURS)]
+    marker = _FALLBACK_MARKERS[code // len(FALLBACK_COLOURS) % len(_FALLBACK_MARKERS)]
     return VariantStyle(colour, DASH_DOT, marker, variant)

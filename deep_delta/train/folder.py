@@ -218,12 +218,22 @@ def save_final(
     temporary.rename(final)
 
 
+def provenance() -> dict[str, Any]:
+    """What a RunResult says of that; to be asked for when a run begins, since files may change."""
+    return {
+        "hardware": hardware(processes()),
+        "commit": commit(),
+        "versions": versions("torch", "triton", "transformers", "accelerate"),
+    }
+
+
 def save_result(
     recipe: Recipe,
     config: DeepDeltaConfig,
     parameters: int,
     folder: Path,
     memory: int,
+    made_with: dict[str, Any],
     diverged: str | None = None,
 ) -> RunResult:
     rows = read_metrics(folder / "metrics.jsonl")
@@ -245,9 +255,7 @@ def save_result(
         peak_memory_bytes=memory,
         flops_per_token=flops_per_token(config, recipe.seq_len),
         diverged=diverged,
-        hardware=hardware(processes()),
-        commit=commit(),
-        versions=versions("torch", "triton", "transformers", "accelerate"),
+        **made_with,
     )
     write_json_atomically(folder / RESULT, asdict(result))
     return result

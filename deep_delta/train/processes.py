@@ -41,9 +41,13 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-@functools.cache  # one of a kind is enough for all runs of a comparison
 def _hosts(patience: timedelta) -> Any:
     """The group of all processes that communicates between hosts; all must ask for it together."""
+    return _host_group(dist.group.WORLD, patience)
+
+
+@functools.cache  # one is enough for all runs of a comparison
+def _host_group(world: Any, patience: timedelta) -> Any:
     return dist.new_group(backend="gloo", timeout=patience)
 
 
@@ -114,5 +118,5 @@ def lost_processes_named() -> Iterator[None]:
 def leave() -> None:
     """Take this process out of its group, at the end of the program."""
     if dist.is_initialized():
-        _hosts.cache_clear()
+        _host_group.cache_clear()
         dist.destroy_process_group()

@@ -26,6 +26,7 @@ from deep_delta.train.folder import (
     RunResult,
     check_disk,
     prepare_folder,
+    provenance,
     read_result,
     save_divergence,
     save_final,
@@ -81,7 +82,7 @@ def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
     data_folder = on_main(lambda: _data_folder(recipe))
     train_data, val_data, manifest = _datasets(recipe, data_folder, config)
     checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest))
-    folder = recipe.run_folder
+    folder, made_with = recipe.run_folder, provenance()
     result = on_main(lambda: read_result(folder) if (folder / RESULT).is_file() else None)
     if result is not None:
         if result.diverged:
@@ -143,11 +144,17 @@ def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
     if not_finite is not None:
         met, shards = not_finite, train_data.data.shards
         line = on_main(lambda: save_divergence(met, shards, recipe.seq_len, folder))
-        on_main(lambda: save_result(recipe, config, parameters, folder, memory.bytes, line))
+        on_main(
+            lambda: save_result(
+                recipe, config, parameters, folder, memory.bytes, made_with, diverged=line
+            )
+        )
         _finish(progress, "diverged")
         raise Diverged(line)
     save_final(trainer, model, data_folder, folder / FINAL)
-    result = on_main(lambda: save_result(recipe, config, parameters, folder, memory.bytes))
+    result = on_main(
+        lambda: save_result(recipe, config, parameters, folder, memory.bytes, made_with)
+    )
     val_loss = float("nan") if result.val_loss is None else result.val_loss
     _finish(progress, f"val loss {val_loss:.4f}  {result.tokens_per_s:,.0f} tokens/s")
     if stopped_by is not None:  # in the last step: complete, but nothing is to follow

@@ -85,7 +85,7 @@ def skip_first_batches(loader: DataLoader, batches: int) -> DataLoader:
     """The loader without its first batches, and as prompt as it was.
 
     accelerate's own forgets that copies to the GPU need not be waited for: a resumed run then took
-    11 % longer for a step, up to the end of the epoch.
+    12 % longer for a step, up to the end of the epoch.
     """
     rest = accelerate.skip_first_batches(loader, batches)
     rest._non_blocking = getattr(loader, "_non_blocking", False)

@@ -167,7 +167,14 @@ def test_two_of_one_variant_are_numbered(run, no_page, checkpoint):
     summary = run(path, path)
     assert [one["name"] for one in summary["checkpoints"]] == ["ddl-scalar (1)", "ddl-scalar (2)"]
     assert summary["loss_difference"]["mean"] == 0
-    assert colour_of(summary, 0) == variant_style("ddl-scalar").colour != colour_of(summary, 1)
+    first, second = (colour_of(summary, number, "MLP") for number in (0, 1))
+    assert first == variant_style("ddl-scalar").colour != second
+
+
+def test_the_sublayers_of_one_checkpoint_have_two_colours(run, no_page, checkpoint):
+    summary = run(checkpoint("ddl-scalar"))
+    attention, mlp = (colour_of(summary, 0, kind) for kind in ("attention", "MLP"))
+    assert attention == variant_style("ddl-scalar").colour != mlp
 
 
 def test_one_sequence_has_no_interval(run, no_page, checkpoint):

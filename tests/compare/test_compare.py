@@ -89,8 +89,8 @@ def test_runs_are_said_to_be_of_two_machines(finished, out):
     there = dataclasses.replace(here, hardware="B", versions={"torch": "3", "triton": "4"})
     assert made_with([here, there, here]) == {
         "commit": "1",
-        "hardware": "A; B: speeds and memory do not compare",
-        "versions": {"torch": "2; 3", "triton": "unknown; 4"},
+        "hardware": "A; B: speeds and memory may not compare",
+        "versions": {"torch": "2; 3", "triton": "none; 4"},
     }
     older = dataclasses.replace(here, hardware=None, commit=None, versions=None)
     assert made_with([older]) == {"commit": "unknown", "hardware": "unknown", "versions": {}}

@@ -340,6 +340,20 @@ def test_what_is_said_travels_between_hosts():
     assert isinstance(first[0], int)
 
 
+def in_two_groups(folder):
+    found = []
+    for number in range(2):
+        meeting = {"init_method": f"file://{folder}/{number}", "rank": int(os.environ["RANK"])}
+        dist.init_process_group("gloo", world_size=2, **meeting)
+        found.append(everyones(dist.get_rank()))
+        dist.destroy_process_group()  # as a program of somebody else's would, without `leave`
+    return found
+
+
+def test_processes_may_meet_in_another_group(tmp_path):
+    assert together(in_two_groups, tmp_path) == [[[0, 1], [0, 1]]] * 2
+
+
 def failing_report(recipe):
     if is_main():
         compare_run._report = None  # calling it is a TypeError
