@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from deep_delta.data.texts import Document, document_of, missing_extra, one_line
+from deep_delta.data.texts import SOURCE_FIELD, Document, document_of, missing_extra, one_line
 from deep_delta.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class RowGroup:
         with _one_line_errors(self.location):
             file = _opened(self.location, self.fingerprint)
             row = self.first
-            columns = [name for name in ("text", "source") if name in _columns(file)]
+            columns = [name for name in ("text", SOURCE_FIELD) if name in _columns(file)]
             for batch in file.iter_batches(STREAM_ROWS, row_groups=[self.number], columns=columns):
                 fresh = batch[max(0, self.start - row) :]
                 row += len(batch) - len(fresh)

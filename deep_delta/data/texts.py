@@ -6,6 +6,10 @@ from typing import NamedTuple
 from deep_delta.errors import UserError
 
 
+# What a document is a part of, a book say. Not "source": in most data sets that is a collection.
+SOURCE_FIELD = "source_file"
+
+
 class Document(NamedTuple):
     """A text, and the name of the source that it is part of, without line breaks; None for none."""
 
@@ -14,12 +18,12 @@ class Document(NamedTuple):
 
 
 def document_of(record: object, where: str) -> Document:
-    """The "text" of a record, and its "source" where that is a string.
+    """The "text" of a record, and its SOURCE_FIELD where that is a string.
 
     Errors: UserError, naming `where`, unless the text is a string of valid Unicode.
     """
     fields = record if isinstance(record, dict) else {}
-    text, source = fields.get("text"), fields.get("source")
+    text, source = fields.get("text"), fields.get(SOURCE_FIELD)
     if not isinstance(text, str):
         raise UserError(f'{where}: the record has no "text" string')
     if not text.isascii() and re.search("[\ud800-\udfff]", text):

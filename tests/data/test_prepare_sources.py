@@ -41,7 +41,7 @@ def inputs(tmp_path, documents, names) -> list[str]:
     jsonl = write_jsonl(tmp_path / "a.jsonl", half, [names.get(text, "none") for text in half])
     rest = documents[20:]
     # Another order of the columns than they are asked for in.
-    table = pyarrow.table({"source": [names[text] for text in rest], "text": rest})
+    table = pyarrow.table({"source_file": [names[text] for text in rest], "text": rest})
     pyarrow.parquet.write_table(table, tmp_path / "b.parquet", row_group_size=4)
     return [str(jsonl), str(tmp_path / "b.parquet")]
 
@@ -101,7 +101,7 @@ def test_max_tokens_cuts_the_lines_too(inputs, tmp_path):
 def test_records_without_sources_give_no_file(jsonl, documents, tmp_path):
     prepare([str(jsonl)], tmp_path / "none", **SETTINGS)
     others = write_jsonl(tmp_path / "others.jsonl", documents, [7, None, " \n", {}] * 10 + [[]])
-    table = pyarrow.table({"text": documents, "source": range(len(documents))})
+    table = pyarrow.table({"text": documents, "source_file": range(len(documents))})
     pyarrow.parquet.write_table(table, tmp_path / "numbers.parquet")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / FILE).write_text("left over\n")

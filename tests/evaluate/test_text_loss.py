@@ -115,7 +115,10 @@ def test_sources_are_resampled_whole(loaded, data, tmp_path):
 
 
 def test_sources_come_from_prepare(loaded, tmp_path):
-    records = [{"text": some_text(20, seed), "source": f"book {seed % 7}"} for seed in range(40)]
+    records = [
+        {"text": some_text(20, seed), "source": "books", "source_file": f"book {seed % 7}"}
+        for seed in range(40)
+    ]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "books.jsonl").write_text(lines, encoding="utf-8")
     prepare([str(tmp_path / "books.jsonl")], tmp_path / "out", val_fraction=0.7)
