@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from deep_delta.data.inputs import Source
 from deep_delta.data.parquet import RowGroup
+from deep_delta.data.texts import Document
 from deep_delta.data.tokenizer import TextTokenizer
 
 CHUNK_DOCUMENTS = 256
@@ -18,12 +19,12 @@ CHUNK_CHARACTERS = 2_000_000
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents: their texts, or the row group that has them.
+    """Consecutive documents, or the row group that has them.
 
     source, document: the position after the last of them.
     """
 
-    content: list[str] | RowGroup
+    content: list[Document] | RowGroup
     source: int
     document: int
 
@@ -36,18 +37,26 @@ class Encoded:
     lengths: tokens of each, the end-of-text id included; int64, (n,); 0 for white space only.
     text_bytes: of each as UTF-8; int64, (n,).
     val: which of them belong to the validation split; bool, (n,).
+    sources: the name of the source that each is part of; n of them, None where it has none.
     """
 
     ids: npt.NDArray[np.unsignedinteger]
     lengths: npt.NDArray[np.int64]
     text_bytes: npt.NDArray[np.int64]
     val: npt.NDArray[np.bool_]
+    sources: list[str | None]
 
     def first(self, documents: int) -> "Encoded":
         """The same for the first documents only."""
         lengths = self.lengths[:documents]
         ids = self.ids[: lengths.sum()]
-        return Encoded(ids, lengths, self.text_bytes[:documents], self.val[:documents])
+        return Encoded(
+            ids,
+            lengths,
+            self.text_bytes[:documents],
+            self.val[:documents],
+            self.sources[:documents],
+        )
 
 
 def chunks(sources: Sequence[Source], source: int, document: int) -> Iterator[Chunk]:
@@ -55,27 +64,27 @@ def chunks(sources: Sequence[Source], source: int, document: int) -> Iterator[Ch
 
     Errors: those of the sources.
     """
-    texts: list[str] = []
+    documents: list[Document] = []
     characters = 0
     number = document
     for index in range(source, len(sources)):
         number = document if index == source else 0
         for piece in sources[index].pieces(number):
             if isinstance(piece, RowGroup):
-                if texts:
-                    yield Chunk(texts, index, number)
-                    texts, characters = [], 0
+                if documents:
+                    yield Chunk(documents, index, number)
+                    documents, characters = [], 0
                 number = piece.stop
                 yield Chunk(piece, index, number)
                 continue
-            texts.append(piece)
-            characters += len(piece)
+            documents.append(piece)
+            characters += len(piece.text)
             number += 1
-            if len(texts) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
-                yield Chunk(texts, index, number)
-                texts, characters = [], 0
-    if texts:
-        yield Chunk(texts, len(sources) - 1, number)
+            if len(documents) == CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
+                yield Chunk(documents, index, number)
+                documents, characters = [], 0
+    if documents:
+        yield Chunk(documents, len(sources) - 1, number)
 
 
 def encode(chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float) -> Encoded:
@@ -84,23 +93,29 @@ def encode(chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float) -> Encod
     val_fraction: share of the documents for "val", by a hash of the text.
     """
     content = chunk.content
-    remaining = content.texts() if isinstance(content, RowGroup) else iter(content)
+    remaining = content.documents() if isinstance(content, RowGroup) else iter(content)
     ids: list[npt.NDArray[np.unsignedinteger]] = [np.empty(0, dtype=tokenizer.dtype)]
     lengths: list[int] = []
     text_bytes: list[int] = []
     val: list[bool] = []
+    sources: list[str | None] = []
     # The tokenizer needs a hundred times the memory of the ids: no more texts at once than here.
-    while texts := list(islice(remaining, CHUNK_DOCUMENTS)):
-        encoded = iter(tokenizer.encode([text for text in texts if text.strip()]))
-        for text in texts:
-            document = next(encoded) if text.strip() else ids[0]
+    while documents := list(islice(remaining, CHUNK_DOCUMENTS)):
+        encoded = iter(tokenizer.encode([text for text, _ in documents if text.strip()]))
+        for text, source in documents:
+            tokens = next(encoded) if text.strip() else ids[0]
             data = text.encode()
-            ids.append(document)
-            lengths.append(len(document))
+            ids.append(tokens)
+            lengths.append(len(tokens))
             text_bytes.append(len(data))
             val.append(_hash_fraction(data) < val_fraction)
+            sources.append(source)
     return Encoded(
-        np.concatenate(ids), np.array(lengths, dtype=np.int64), np.array(text_bytes), np.array(val)
+        np.concatenate(ids),
+        np.array(lengths, dtype=np.int64),
+        np.array(text_bytes),
+        np.array(val),
+        sources,
     )
 
 

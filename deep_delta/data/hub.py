@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from deep_delta.data.files import file_fingerprint
-from deep_delta.data.texts import checked_text, missing_extra, one_line
+from deep_delta.data.texts import Document, document_of, missing_extra, one_line
 from deep_delta.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def data_files(data_set: str) -> list[DataFile]:
     return found
 
 
-def rows(data_set: str, start: int) -> Iterator[str]:
-    """The texts of a data set of any kind from row `start` on; those before may be read again.
+def rows(data_set: str, start: int) -> Iterator[Document]:
+    """The documents of a data set of any kind from row `start` on; those before may be read again.
 
     Errors: UserError like `data_files`, or for a row without text.
     """
@@ -52,7 +52,7 @@ def rows(data_set: str, start: int) -> Iterator[str]:
     try:
         stream = builder.as_streaming_dataset(split=SPLIT).skip(start)
         for number, row in enumerate(stream, start=start + 1):
-            yield checked_text(row.get("text"), f"data set {data_set}, row {number}")
+            yield document_of(row, f"data set {data_set}, row {number}")
     except UserError:
         raise
     except Exception as error:

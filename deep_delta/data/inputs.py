@@ -18,7 +18,7 @@ from deep_delta.data import parquet
 from deep_delta.data.files import file_fingerprint
 from deep_delta.data.hub import data_files, rows
 from deep_delta.data.parquet import RowGroup
-from deep_delta.data.texts import checked_text, missing_extra, one_line
+from deep_delta.data.texts import Document, document_of, missing_extra, one_line
 from deep_delta.errors import UserError
 
 
@@ -28,14 +28,14 @@ class Source:
 
     name: what people see; for a file found in a folder or data set, its path from there.
     fingerprint: equal for equal inputs, wherever they lie; recorded to notice a changed input.
-    pieces: from a document's number (from 0) to the texts from there on, whitespace-only ones
+    pieces: from a document's number (from 0) to those from there on, whitespace-only ones
         included, or row groups that hold them. Errors: UserError for an unreadable file or record
         (naming file and line), or a missing extra.
     """
 
     name: str
     fingerprint: str
-    pieces: Callable[[int], Iterator[str | RowGroup]]
+    pieces: Callable[[int], Iterator[Document | RowGroup]]
 
 
 def find_sources(inputs: list[str]) -> list[Source]:
@@ -101,15 +101,17 @@ def _file_source(path: Path, name: str) -> Source:
     kind = _kind(path)
     if kind == PARQUET:
         return Source(name, fingerprint, partial(parquet.pieces, str(path), fingerprint))
-    return Source(name, fingerprint, partial(_texts, path, READERS[kind]))
+    return Source(name, fingerprint, partial(_documents, path, READERS[kind]))
 
 
-def _texts(path: Path, read: Callable[[Path], Iterator[str]], start: int) -> Iterator[str]:
+def _documents(
+    path: Path, read: Callable[[Path], Iterator[Document]], start: int
+) -> Iterator[Document]:
     return itertools.islice(_with_read_errors(path, read), start, None)
 
 
-def _with_read_errors(path: Path, read: Callable[[Path], Iterator[str]]) -> Iterator[str]:
-    """The texts of `read(path)`, with what a damaged or unreadable file raises as a UserError."""
+def _with_read_errors(path: Path, read: Callable[[Path], Iterator[Document]]) -> Iterator[Document]:
+    """Those of `read(path)`, with what a damaged or unreadable file raises as a UserError."""
     try:
         yield from read(path)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
@@ -118,43 +120,43 @@ def _with_read_errors(path: Path, read: Callable[[Path], Iterator[str]]) -> Iter
         raise UserError(f"can't read {path}: {error.strerror or one_line(error)}") from error
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _read_txt(path: Path) -> Iterator[Document]:
     try:
-        yield path.read_bytes().decode("utf-8")
+        yield Document(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[str]:
+def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Document]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
-            yield _text_of(line, f"{path}, line {number}")
+            yield _document_of(line, f"{path}, line {number}")
 
 
-def _text_of(line: bytes, where: str) -> str:
+def _document_of(line: bytes, where: str) -> Document:
     try:
         record = json.loads(line)
     except ValueError as error:  # also bytes that are not UTF-8
         raise UserError(f"{where}: not a JSON object") from error
-    return checked_text(record.get("text") if isinstance(record, dict) else None, where)
+    return document_of(record, where)
 
 
-def _read_plain_jsonl(path: Path) -> Iterator[str]:
+def _read_plain_jsonl(path: Path) -> Iterator[Document]:
     with path.open("rb") as stream:
         yield from _read_jsonl(path, stream)
 
 
-def _read_gz(path: Path) -> Iterator[str]:
+def _read_gz(path: Path) -> Iterator[Document]:
     with gzip.open(path, "rb") as stream:
         yield from _read_jsonl(path, cast(BinaryIO, stream))
 
 
-def _read_xz(path: Path) -> Iterator[str]:
+def _read_xz(path: Path) -> Iterator[Document]:
     with lzma.open(path, "rb") as stream:
         yield from _read_jsonl(path, cast(BinaryIO, stream))
 
 
-def _read_zst(path: Path) -> Iterator[str]:
+def _read_zst(path: Path) -> Iterator[Document]:
     try:
         import zstandard
     except ImportError as error:
@@ -170,7 +172,7 @@ def _read_zst(path: Path) -> Iterator[str]:
 
 
 # By the end of the file name.
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_plain_jsonl,
     ".jsonl.gz": _read_gz,

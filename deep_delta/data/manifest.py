@@ -12,6 +12,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
 # May lie beside a split's shards: for each document, in order, a line with the source it is of.
+# Not in the manifest: people may take it away, or put their own there.
 SOURCES_NAME = "{split}.sources.txt"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from deep_delta.data.texts import checked_text, missing_extra, one_line
+from deep_delta.data.texts import SOURCE_FIELD, Document, document_of, missing_extra, one_line
 from deep_delta.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,21 +35,22 @@ class RowGroup:
     start: int
     stop: int
 
-    def texts(self) -> Iterator[str]:
-        """The texts in order. Errors: UserError, naming file and row (from 1)."""
+    def documents(self) -> Iterator[Document]:
+        """The documents in order. Errors: UserError, naming file and row (from 1)."""
         with _one_line_errors(self.location):
             file = _opened(self.location, self.fingerprint)
             row = self.first
-            for batch in file.iter_batches(STREAM_ROWS, row_groups=[self.number], columns=["text"]):
-                fresh = batch.column(0)[max(0, self.start - row) :]
+            columns = [name for name in ("text", SOURCE_FIELD) if name in _columns(file)]
+            for batch in file.iter_batches(STREAM_ROWS, row_groups=[self.number], columns=columns):
+                fresh = batch[max(0, self.start - row) :]
                 row += len(batch) - len(fresh)
-                for text in fresh.to_pylist():
+                for record in fresh.to_pylist():
                     row += 1
-                    yield checked_text(text, f"{self.location}, row {row}")
+                    yield document_of(record, f"{self.location}, row {row}")
 
 
-def pieces(location: str, fingerprint: str, start: int) -> Iterator[str | RowGroup]:
-    """What a file holds from row `start` on: row groups to read, or the texts of a large one.
+def pieces(location: str, fingerprint: str, start: int) -> Iterator[Document | RowGroup]:
+    """What a file holds from row `start` on: row groups to read, or the documents of a large one.
 
     location: path or URL. fingerprint: changes with the file's contents.
     Row groups before that row are not read. Errors: UserError for a file that can't be had or read,
@@ -57,7 +58,7 @@ def pieces(location: str, fingerprint: str, start: int) -> Iterator[str | RowGro
     """
     with _one_line_errors(location):
         file = _opened(location, fingerprint)
-        columns = [file.schema.column(index).path for index in range(len(file.schema))]
+        columns = _columns(file)
         if "text" not in columns:
             raise UserError(f'{location} has no column "text"')
         first = 0
@@ -67,8 +68,12 @@ def pieces(location: str, fingerprint: str, start: int) -> Iterator[str | RowGro
             if start < stop:
                 part = RowGroup(location, fingerprint, number, first, max(start, first), stop)
                 small = group.column(columns.index("text")).total_uncompressed_size <= GROUP_BYTES
-                yield from [part] if small else part.texts()
+                yield from [part] if small else part.documents()
             first = stop
+
+
+def _columns(file: "ParquetFile") -> list[str]:
+    return [file.schema.column(index).path for index in range(len(file.schema))]
 
 
 # A footer of a file of gigabytes has megabytes: it is read once, not for every row group.

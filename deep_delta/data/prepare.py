@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from deep_delta.data.encode import Encoded, chunks
 from deep_delta.data.files import fsync_folder, write_json_atomically
 from deep_delta.data.inputs import Source, find_sources
-from deep_delta.data.manifest import MANIFEST_NAME, SPLITS, Manifest, SplitInfo
+from deep_delta.data.manifest import MANIFEST_NAME, SOURCES_NAME, SPLITS, Manifest, SplitInfo
 from deep_delta.data.progress import ProgressLine
 from deep_delta.data.tokenizer import TextTokenizer, load_tokenizer
 from deep_delta.data.workers import encode_all
@@ -85,6 +86,8 @@ def prepare(
         script that asks for several needs the usual `if __name__ == "__main__":`.
 
     Every document is followed by one end-of-text token; documents of white space are skipped.
+    Where records have a string "source_file" beside the text, val.sources.txt has a line with it for
+    each validation document; one without is a source of its own.
     Errors: UserError for input that is missing, unreadable or empty, a tokenizer that can't be
     used, a split without documents, a folder begun with other settings, a process that was ended,
     or a full disk.
@@ -145,7 +148,8 @@ def _prepare(
     if (
         progress is None or not progress.begun
     ):  # what wrote nothing, a typing slip say, binds nobody
-        progress = Progress(settings, 0, 0, 0, {name: WriterState() for name in SPLITS})
+        states = {"train": WriterState(), "val": WriterState(source_bytes=0)}
+        progress = Progress(settings, 0, 0, 0, states)
         progress.save(out)
     tokenizer.save(out)
 
@@ -236,7 +240,8 @@ def _add(encoded: Encoded, writers: dict[str, ShardWriter]) -> None:
     for name, writer in writers.items():
         chosen = (encoded.val == (name == "val")) & (encoded.lengths > 0)
         ids = encoded.ids[np.repeat(chosen, encoded.lengths)]
-        writer.add(ids, int(chosen.sum()), int(encoded.text_bytes[chosen].sum()))
+        named = list(compress(encoded.sources, chosen))
+        writer.add(ids, int(chosen.sum()), int(encoded.text_bytes[chosen].sum()), named)
 
 
 def _empty_split(manifest: Manifest) -> str | None:
@@ -260,6 +265,7 @@ def _discard(out: Path, manifest: Manifest) -> None:
     for split in manifest.splits.values():
         for shard in split.shards:
             (out / shard.name).unlink()
+    (out / SOURCES_NAME.format(split="val")).unlink(missing_ok=True)
 
 
 def _print_summary(out: Path, manifest: Manifest, seconds: float) -> None:

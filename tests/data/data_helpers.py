@@ -12,8 +12,13 @@ from deep_delta.data import Manifest
 from deep_delta.errors import UserError
 
 
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+def write_jsonl(path: Path, texts: list[str], sources: list[object] | None = None) -> Path:
+    """One record a line; with `sources`, the field "source_file" where it is not None."""
+    records = [{"text": text} for text in texts]
+    if sources is not None:
+        for record, source in zip(records, sources, strict=True):
+            record.update({} if source is None else {"source_file": source})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 

@@ -57,7 +57,8 @@ def fineweb(tmp_path, documents) -> list[str]:
         table = fineweb_table(texts[number * 50 : number * 50 + 50])
         path = folder / f"{number:03d}_00000.parquet"
         pyarrow.parquet.write_table(table, path, row_group_size=ROWS)
-    return [str(folder), str(write_jsonl(tmp_path / "more.jsonl", texts[150:]))]
+    names = [f"book {number // 2}" for number in range(10)]
+    return [str(folder), str(write_jsonl(tmp_path / "more.jsonl", texts[150:], names))]
 
 
 @pytest.fixture
@@ -125,15 +126,15 @@ def test_kills_at_random_moments_leave_the_same_bytes_and_no_process(fineweb, wh
 def test_finished_row_groups_are_not_read_again(fineweb, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "CHECKPOINT_CHUNKS", 1)
     read = []
-    texts = parquet_module.RowGroup.texts
+    documents_of = parquet_module.RowGroup.documents
 
     def recording(group):
         read.append((Path(group.location).name[:3], group.number, group.start, group.stop))
         if len(read) == 12:
             raise KeyboardInterrupt
-        return texts(group)
+        return documents_of(group)
 
-    monkeypatch.setattr(parquet_module.RowGroup, "texts", recording)
+    monkeypatch.setattr(parquet_module.RowGroup, "documents", recording)
     with pytest.raises(KeyboardInterrupt):
         prepare(fineweb, tmp_path / "out", **SETTINGS)
     # Eight row groups a file, the last of one row.
@@ -145,7 +146,7 @@ def test_finished_row_groups_are_not_read_again(fineweb, whole, tmp_path, monkey
         return iter_batches(file, *arguments, row_groups=row_groups, columns=columns)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counting)
-    monkeypatch.setattr(parquet_module.RowGroup, "texts", texts)
+    monkeypatch.setattr(parquet_module.RowGroup, "documents", documents_of)
     prepare(fineweb, tmp_path / "out", **SETTINGS)
     assert batches == [([n], ["text"]) for n in [*range(3, 8), *range(8)]]
     assert shard_bytes(tmp_path / "out") == whole
@@ -156,7 +157,7 @@ def test_a_file_can_be_read_from_any_row(fineweb, start):
     path = str(next(Path(fineweb[0]).glob("001*")))
     expected = pyarrow.parquet.read_table(path)["text"].to_pylist()[start:]
     groups = list(parquet_module.pieces(path, "", start))
-    assert [text for group in groups for text in group.texts()] == expected
+    assert [document.text for group in groups for document in group.documents()] == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -21,12 +21,12 @@ class Interrupted(BaseException):
     """Stands for Ctrl-C or a kill."""
 
 
-def add_rubbish_to_unfinished_shards(out: Path, rng: random.Random) -> None:
+def add_rubbish_to_unfinished_files(out: Path, rng: random.Random) -> None:
     """What a kill may leave after the recorded end; finished shards are never written again."""
     progress = out / "progress.json"
     splits = json.loads(progress.read_text())["splits"] if progress.exists() else {}
     finished = {shard["name"] for split in splits.values() for shard in split["finished"]}
-    for path in out.glob("*.bin"):
+    for path in [*out.glob("*.bin"), *out.glob("*.sources.txt")]:
         if path.name not in finished:
             with path.open("ab") as file:
                 file.write(rng.randbytes(rng.randint(0, 99)))
@@ -37,10 +37,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     seed, jsonl, documents, tmp_path, monkeypatch
 ):
     """Stops at random documents, several times, also right before progress is recorded."""
-    inputs = [str(jsonl), str(write_jsonl(tmp_path / "second.jsonl", documents[::-1]))]
+    names = [f"book {number // 4}" for number in range(len(documents))]
+    second = write_jsonl(tmp_path / "second.jsonl", documents[::-1], names)
+    inputs = [str(jsonl), str(second)] if seed % 2 else [str(second), str(jsonl)]
     monkeypatch.setattr(encode_module, "CHUNK_DOCUMENTS", 3)
     monkeypatch.setattr(prepare_module, "CHECKPOINT_CHUNKS", 2)
     prepare(inputs, tmp_path / "whole", val_fraction=0.2, shard_tokens=700)
+    assert (tmp_path / "whole" / "val.sources.txt").read_text().count("book") > 3
 
     rng = random.Random(seed)
     add, save = ShardWriter.add, prepare_module.Progress.save
@@ -64,7 +67,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         with pytest.raises(Interrupted):
             prepare(inputs, out, val_fraction=0.2, shard_tokens=700)
         assert not (out / "manifest.json").exists()
-        add_rubbish_to_unfinished_shards(out, rng)
+        add_rubbish_to_unfinished_files(out, rng)
     left = sys.maxsize
     prepare(inputs, out, val_fraction=0.2, shard_tokens=700)
     assert shard_bytes(out) == shard_bytes(tmp_path / "whole")

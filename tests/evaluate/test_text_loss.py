@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte against a loop by hand; windows and intervals."""
 
+import json
 import math
 import shutil
 
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from train.micro import user_error
+from train.micro import some_text, user_error
 
-from deep_delta.data import Manifest
+from deep_delta.data import Manifest, prepare
 from deep_delta.evaluate.bootstrap import FEWEST, ratio_intervals
 from deep_delta.evaluate.checkpoint import load_checkpoint
 from deep_delta.evaluate.text_loss import text_loss
@@ -111,6 +112,22 @@ def test_sources_are_resampled_whole(loaded, data, tmp_path):
     assert grouped["loss"]["low"] != plain["loss"]["low"]
     (folder / "val.sources.txt").write_text("one\n")
     assert "needs a line each" in user_error(lambda: text_loss(loaded, folder, 16, 16, None))
+
+
+def test_sources_come_from_prepare(loaded, tmp_path):
+    records = [
+        {"text": some_text(20, seed), "source": "books", "source_file": f"book {seed % 7}"}
+        for seed in range(40)
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "books.jsonl").write_text(lines, encoding="utf-8")
+    prepare([str(tmp_path / "books.jsonl")], tmp_path / "out", val_fraction=0.7)
+    result = text_loss(loaded, tmp_path / "out", 16, 16, None)
+    assert (result["grouped_by"], result["groups"]) == ("source", 7)
+    assert result["documents"] > 20
+    assert result["loss"]["low"] < result["loss"]["mean"] < result["loss"]["high"]
+    (tmp_path / "out" / "val.sources.txt").unlink()
+    assert text_loss(loaded, tmp_path / "out", 16, 16, None)["grouped_by"] == "document"
 
 
 def test_another_tokenizer_is_refused(loaded, data, tmp_path, monkeypatch):
