@@ -86,8 +86,8 @@ def prepare(
         script that asks for several needs the usual `if __name__ == "__main__":`.
 
     Every document is followed by one end-of-text token; documents of white space are skipped.
-    Where records have a string "source_file" beside the text, val.sources.txt has a line with it for
-    each validation document; one without is a source of its own.
+    Where records have a string "source_file" beside the text, val.sources.txt has a line with it
+    for each validation document; one without is a source of its own.
     Errors: UserError for input that is missing, unreadable or empty, a tokenizer that can't be
     used, a split without documents, a folder begun with other settings, a process that was ended,
     or a full disk.

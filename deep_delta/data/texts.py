@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from deep_delta.errors import UserError
 
-
 # What a document is a part of, a book say. Not "source": in most data sets that is a collection.
 SOURCE_FIELD = "source_file"
 
