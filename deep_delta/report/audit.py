@@ -39,8 +39,7 @@ def write_audit(summary: Summary, out_dir: Path) -> Path:
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
     for chart in drawn:
-        render.save_png(chart.figure, out_dir / f"{chart.name}.png")
-        render.save_svg(chart.figure, out_dir / f"{chart.name}.svg")
+        render.save(chart.figure, out_dir, chart.name)
     path = out_dir / PAGE_NAME
     path.write_text(whole_page(_title(summary), "\n".join(sections)), encoding="utf-8")
     return path

@@ -37,8 +37,7 @@ def write_evaluation(summary: Evaluation, out_dir: Path) -> Path:
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
     for shots, chart in charts.items():
-        render.save_png(chart, out_dir / f"scores-{shots}-shot.png")
-        render.save_svg(chart, out_dir / f"scores-{shots}-shot.svg")
+        render.save(chart, out_dir, f"scores-{shots}-shot")
     path = out_dir / "report.html"
     path.write_text(whole_page(TITLE, "\n".join(sections)), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""``report.html``: the comparison as one self-contained page, and its charts as PNG files."""
+"""``report.html``: the comparison as one self-contained page, and its charts as files."""
 
 from collections.abc import Mapping
 from html import escape
@@ -11,17 +11,14 @@ from deep_delta.report.page import whole_page
 from deep_delta.report.table import Summary, column_names, conclusions, interval_name, summary_rows
 
 REPORT_NAME = "report.html"
-TOKENS_PNG = "loss-vs-tokens.png"
-TIME_PNG = "loss-vs-time.png"
-DIFFERENCES_PNG = "differences.png"
 
 _TEXT_COLUMNS = {"variant", "verdict", "directory"}
 
 
 def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
-    """Write ``report.html`` and its PNG charts into ``out_dir``; return the page's path.
+    """Write ``report.html`` and its charts (PNG, SVG) into ``out_dir``; return the page's path.
 
-    ``differences.png`` is written only where there are differences to a baseline. Raises
+    ``differences`` is drawn only where there are differences to a baseline. Raises
     UserError, before anything is written, if matplotlib is not installed.
     """
     tokens = plots.loss_curves(curves, "tokens")
@@ -33,12 +30,12 @@ def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
         parts.section("Loss against wall-clock", _curve_figure(seconds, curves, "seconds")),
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
-    render.save_png(tokens, out_dir / TOKENS_PNG)
-    render.save_png(seconds, out_dir / TIME_PNG)
+    render.save(tokens, out_dir, "loss-vs-tokens")
+    render.save(seconds, out_dir, "loss-vs-time")
     differences = _differences(summary)
     if differences:
         forest = plots.forest_plot(differences, summary["baseline"], summary["level"])
-        render.save_png(forest, out_dir / DIFFERENCES_PNG)
+        render.save(forest, out_dir, "differences")
         content = _forest_figure(forest, summary)
     else:
         content = "<p>No differences: the baseline was not run, or it was run alone.</p>"

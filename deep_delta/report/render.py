@@ -94,6 +94,12 @@ def _matplotlib() -> tuple[Any, Any]:
     return matplotlib, Figure
 
 
+def save(figure: "Figure", folder: Path, name: str) -> None:
+    """Write the figure as NAME.png and NAME.svg."""
+    save_png(figure, folder / f"{name}.png")
+    save_svg(figure, folder / f"{name}.svg")
+
+
 def save_png(figure: "Figure", path: Path) -> None:
     """Write a PNG at 150 dpi on white; the same figure gives the same bytes."""
     matplotlib, _ = _matplotlib()

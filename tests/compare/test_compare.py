@@ -60,6 +60,7 @@ def test_files(finished, out):
     assert {path.name for path in out.iterdir()} == {
         "additive", "ddl-cc", "ddl-scalar", "summary.json", "report.html",
         "loss-vs-tokens.png", "loss-vs-time.png", "differences.png",
+        "loss-vs-tokens.svg", "loss-vs-time.svg", "differences.svg",
     }  # fmt: skip
     for path in out.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")

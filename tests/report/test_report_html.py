@@ -100,7 +100,9 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path, summary_of: Make, curve
     for folder in ("one", "two"):
         write_report(summary_of(LOSSES), curves_of(LOSSES), tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["differences.png", "loss-vs-time.png", "loss-vs-tokens.png", "report.html"]
+    drawn = ("differences", "loss-vs-time", "loss-vs-tokens")
+    charts = [f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
+    assert names == [*charts, "report.html"]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
