@@ -245,6 +245,8 @@ def test_ctrl_c_is_one_line(when, fineweb, tmp_path):
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that a shell runs in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     awaited = "progress.json" if when == "starting" else "train-00000.bin"
     while not (tmp_path / "out" / awaited).exists():
