@@ -61,6 +61,11 @@ def _fail(line: str, status: int = 1, only_one: bool = True) -> int:
     return status
 
 
+def _command() -> str:
+    """What was typed, for records and reports."""
+    return "ddl " + shlex.join(sys.argv[1:])
+
+
 def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
     from deep_delta.data import prepare
 
@@ -79,7 +84,7 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     _need("train", "psutil")
     names = [name.replace("-", "_") for name in options.known]
     given = {name: getattr(options, name) for name in names}
-    given["command"] = "ddl " + shlex.join(sys.argv[1:])
+    given["command"] = _command()
     try:
         if options.what == "op":
             from deep_delta.bench.op import bench_op
@@ -152,8 +157,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
             f"--seeds is {options.seeds!r}; it must be whole numbers like 0,1,2"
         ) from None
     try:
-        command = "ddl " + shlex.join(sys.argv[1:])
-        compare(recipe, [name.strip() for name in variants], list(seeds), command)
+        compare(recipe, [name.strip() for name in variants], list(seeds), _command())
     except Interrupted as stop:
         line = "interrupted; the same command goes on with what is missing"
         return _fail(line, SIGNALLED + stop.signal)
@@ -175,7 +179,7 @@ def _audit(options: argparse.Namespace, rest: list[str]) -> int:
             sequences=options.sequences,
             seq_len=options.seq_len,
             batch_size=options.batch_size,
-            context=environment("ddl " + shlex.join(sys.argv[1:])),
+            context=environment(_command()),
         )
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", INTERRUPTED)
@@ -202,7 +206,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     )
     whole = folder.resolve()  # "." has no name
     out = options.out or whole.with_name(f"{whole.name}-eval")
-    evaluate(folder, out, settings, "ddl " + shlex.join(sys.argv[1:]))
+    evaluate(folder, out, settings, _command())
     return 0
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from deep_delta.data.texts import one_line
 from deep_delta.errors import UserError
@@ -32,6 +33,12 @@ def load_model(folder: Path, **changes: Any) -> DeepDeltaForCausalLM:
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of the model's weights, first {missing[0]}")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def quiet_transformers() -> None:
+    """No bars and no advice of transformers in between: a command has one progress line."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def check_folder(folder: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from deep_delta.audit import inputs
 from deep_delta.audit.auditor import TOLERANCE, Auditor
 from deep_delta.audit.streams import LEVEL, Means
 from deep_delta.audit.sublayer import BORDERS, GATE_BINS, GATE_TOP, REGIMES
+from deep_delta.checkpoint import quiet_transformers
 from deep_delta.data import PackedSequences
 from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
@@ -54,8 +54,7 @@ def audit(
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     models = [inputs.load(path) for path in checkpoints]
     trained, masked = inputs.trained_on(checkpoints[0], models[0])
     seq_len = seq_len or trained

@@ -4,12 +4,11 @@ import csv
 import difflib
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from deep_delta.errors import UserError
-from deep_delta.report.provenance import commit, hardware
+from deep_delta.report.provenance import commit, hardware, versions
 
 ENVIRONMENT = ("date", "commit", "command", "device", "torch", "triton", "transformers")
 MEASURED = (
@@ -23,22 +22,16 @@ OK = "ok"
 
 def environment(command: str) -> dict[str, str]:
     """Where and with what a row is measured: the columns ENVIRONMENT."""
-    packages = {name: _version(name) for name in ("torch", "triton", "transformers")}
+    packages = ("torch", "triton", "transformers")
+    installed = versions(*packages)
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {
         "date": date,
         "commit": commit() or "unknown",
         "command": command,
         "device": hardware(),
-        **packages,
+        **{name: installed.get(name, "") for name in packages},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 class Record:

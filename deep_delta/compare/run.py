@@ -89,7 +89,7 @@ def made_with(results: list[RunResult]) -> dict[str, Any]:
         return "; ".join(dict.fromkeys(value or "unknown" for value in values))
 
     devices = each(run.hardware for run in results)
-    several = "; " in devices
+    several = len({run.hardware for run in results}) > 1
     used = [run.versions or {} for run in results]
     return {
         "commit": each(run.commit for run in results),

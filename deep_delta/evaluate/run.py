@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
-from deep_delta.checkpoint import check_folder
+from deep_delta.checkpoint import check_folder, quiet_transformers
 from deep_delta.data.files import sha256_of, write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.evaluate.checkpoint import Checkpoint, load_checkpoint
@@ -62,8 +60,7 @@ def evaluate(folder: Path, out: Path, settings: Settings, command: str) -> dict[
     """
     check_folder(folder)
     _check_settings(settings)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     checkpoint = load_checkpoint(folder)
     if settings.tasks:
         checkpoint.tokenizer()  # before anything is computed
@@ -175,7 +172,8 @@ def _check_settings(settings: Settings) -> None:
         raise UserError(f"there is no folder of task files {settings.task_data}")
     for shots in settings.shots:
         for name in settings.tasks:
-            _files(name, shots, settings.task_data)
+            if settings.task_data is not None:
+                local_files(name, settings.task_data, shots)
 
 
 def _context(checkpoint: Checkpoint, settings: Settings) -> int:

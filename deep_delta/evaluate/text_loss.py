@@ -22,6 +22,7 @@ from tqdm import tqdm
 from deep_delta.data import Manifest, TokenShards, check_tokenizer
 from deep_delta.data.files import sha256_of
 from deep_delta.data.manifest import SOURCES_NAME
+from deep_delta.data.shards import IGNORED_LABEL
 from deep_delta.data.tokenizer import TOKENIZER_NAME
 from deep_delta.errors import UserError
 from deep_delta.evaluate.bootstrap import ratio_intervals
@@ -30,7 +31,6 @@ from deep_delta.evaluate.windows import Window, windows
 
 SPLIT = "val"
 LEVEL = 0.95
-IGNORED = -100
 READ_TOKENS = 4_000_000  # tokens of whole documents that are in memory at once
 DECODED_DOCUMENTS = 256
 
@@ -142,7 +142,7 @@ def _batch_nats(
     length = max(window.stop - window.start for window in batch)
     # What comes after a row's end does not reach it: attention and convolutions look back only.
     inputs = torch.full((len(batch), length), eot)
-    targets = torch.full((len(batch), length), IGNORED)
+    targets = torch.full((len(batch), length), IGNORED_LABEL)
     for row, window in enumerate(batch):
         ids = torch.from_numpy(block[window.document])
         given = F.pad(ids, (1, 0), value=eot)
@@ -154,7 +154,7 @@ def _batch_nats(
     for row in range(len(batch)):  # the logits of one row at a time: they are larger than the model
         logits = model.lm_head(hidden[row]).float() * model.config.logit_factor
         each = F.cross_entropy(
-            logits, targets[row].to(model.device), ignore_index=IGNORED, reduction="none"
+            logits, targets[row].to(model.device), ignore_index=IGNORED_LABEL, reduction="none"
         )
         nats.append(float(each.double().sum()))
     return nats

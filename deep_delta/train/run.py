@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
-from transformers.utils import logging as transformers_logging
 
 from deep_delta.accounting import PeakMemory, flops_per_token
+from deep_delta.checkpoint import quiet_transformers
 from deep_delta.data import Manifest, PackedSequences, TokenShards, check_tokenizer, prepare_bundled
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
@@ -76,13 +76,13 @@ def train(recipe: Recipe) -> RunResult:
 
 
 def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
-    _quiet_transformers()
+    quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
     loss = _loss(recipe, arguments.device)
     data_folder = on_main(lambda: _data_folder(recipe))
     train_data, val_data, manifest = _datasets(recipe, data_folder, config)
     checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest))
-    folder, made_with = recipe.run_folder, provenance()
+    folder, made_with = recipe.run_folder, on_main(provenance)
     result = on_main(lambda: read_result(folder) if (folder / RESULT).is_file() else None)
     if result is not None:
         if result.diverged:
@@ -224,9 +224,3 @@ def _datasets(
     whole = len(train_data) - len(train_data) % recipe.batch_size
     train_part = NumberedSequences(train_data, whole)
     return train_part, Subset(val_data, range(limit)), train_shards.manifest
-
-
-def _quiet_transformers() -> None:
-    """One progress line a run is enough: no bars and no advice in between."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
