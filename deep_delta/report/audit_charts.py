@@ -14,11 +14,12 @@ from deep_delta.report.audit_lines import (
     colour_of,
     each,
     line_of,
+    look,
     place,
     say,
     slug,
 )
-from deep_delta.report.audit_plots import COLOURS, Line, over_depth, shaded
+from deep_delta.report.audit_plots import over_depth, shaded
 
 
 def sections(summary: Summary) -> list[tuple[str, str, list[Chart]]]:
@@ -84,9 +85,7 @@ def _discrepancy(one: One, suffix: str) -> Iterable[Chart]:
     own = [sublayer for sublayer in one["sublayers"] if sublayer["discrepancy"] is not None]
     if own:
         lines = [
-            line_of(
-                name, own, [s["discrepancy"][name] for s in own], colour=COLOURS[index], dash=index
-            )
+            line_of(name, own, [s["discrepancy"][name] for s in own], **look(index))
             for index, name in enumerate(("before", "after"))
         ]
         figure = over_depth(lines, "‖v − kᵀX‖ / √d_v", one["layers"], view=(0, None))
@@ -101,9 +100,7 @@ def _sizes(one: One, suffix: str) -> Iterable[Chart]:
     for index, (key, label) in enumerate(names):
         own = [sublayer for sublayer in one["sublayers"] if sublayer[key] is not None]
         if own:
-            lines.append(
-                line_of(label, own, [s[key] for s in own], colour=COLOURS[index], dash=index)
-            )
+            lines.append(line_of(label, own, [s[key] for s in own], **look(index)))
     if len(lines) == 2:  # nothing is erased: the net write is what is written
         lines = lines[:1]
     figure = over_depth(lines, "share of ‖X‖", one["layers"], view=(0, None))
@@ -112,25 +109,17 @@ def _sizes(one: One, suffix: str) -> Iterable[Chart]:
 
 
 def _growth(summary: Summary) -> Chart:
-    lines = []
-    for number, one in enumerate(summary["checkpoints"]):
-        rows = [{"layer": 1, "kind": None, "rms_after": one["sublayers"][0]["rms"]}]
-        start = line_of("", rows, [rows[0]["rms_after"]])
-        line = line_of(
-            one["name"], one["sublayers"], [s["rms_after"] for s in one["sublayers"]],
-            colour=colour_of(summary, number, KINDS[0]), dash=number,
-        )  # fmt: skip
-        lines.append(
-            Line(
-                line.label,
-                [0.5, *line.x],
-                [*start.y, *line.y],
-                [*(start.low or ()), *(line.low or ())],
-                [*(start.high or ()), *(line.high or ())],
-                line.colour,
-                line.dash,
-            )
+    start = {"layer": 0.5, "kind": None}  # what the embeddings give
+    lines = [
+        line_of(
+            one["name"],
+            [start, *one["sublayers"]],
+            [one["sublayers"][0]["rms"], *(s["rms_after"] for s in one["sublayers"])],
+            colour=colour_of(summary, number, KINDS[0]),
+            dash=number,
         )
+        for number, one in enumerate(summary["checkpoints"])
+    ]
     layers = max(one["layers"] for one in summary["checkpoints"])
     figure = over_depth(lines, "root mean square of X", layers, view=(0, None))
     caption = "The first point is the state that the embeddings give."
@@ -171,7 +160,7 @@ def _channel_shares(one: One, suffix: str) -> Iterable[Chart]:
         line_of(
             f"channel {channel + 1}", one["sublayers"],
             [s["channels"]["state_share"][channel] for s in one["sublayers"]],
-            colour=COLOURS[channel % len(COLOURS)], dash=channel % 3,
+            **look(channel),
         )
         for channel in range(one["value_channels"])
     ]  # fmt: skip
@@ -253,9 +242,7 @@ def _channel_effects(one: One, suffix: str) -> Iterable[Chart]:
         lines = []
         for channel in range(1, one["value_channels"] + 1):
             own = [row for row in rows if row["channel"] == channel]
-            colour = COLOURS[(channel - 1) % len(COLOURS)]
-            look = {"colour": colour, "dash": (channel - 1) % 3}
-            lines.append(line_of(f"channel {channel}", own, own, **look))
+            lines.append(line_of(f"channel {channel}", own, own, **look(channel - 1)))
         zero = (0.0, "")
         figure = over_depth(lines, "change in loss (nats/token)", one["layers"], zero)
         title = f"One value channel is left as it is by one sublayer, {one['name']}"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deep_delta.report.audit_plots import Line
+from deep_delta.report.audit_plots import COLOURS, DASHES, Line
 from deep_delta.report.style import FALLBACK_COLOURS, variant_style
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _depth(sublayer: Mapping[str, Any]) -> float:
 
 
 def line_of(
-    label: str, sublayers: Sequence[Mapping[str, Any]], entries: Sequence[Any], **look
+    label: str, sublayers: Sequence[Mapping[str, Any]], entries: Sequence[Any], **style
 ) -> Line:
     """A line over depth through entries with intervals, plain numbers or None."""
     full = [entry if isinstance(entry, Mapping) else {"mean": entry} for entry in entries]
@@ -64,7 +64,7 @@ def line_of(
         [entry["mean"] for entry in full],
         [entry.get("low") for entry in full],
         [entry.get("high") for entry in full],
-        **look,
+        **style,
     )
 
 
@@ -93,6 +93,11 @@ def colour_of(summary: Summary, number: int, kind: str) -> str:
     return another if others[0] == first else others[0]
 
 
+def look(index: int) -> dict[str, Any]:
+    """Colour and dash of a chart's line that is no checkpoint's, by its number."""
+    return {"colour": COLOURS[index % len(COLOURS)], "dash": index % len(DASHES)}
+
+
 def by_kind(summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], Any]) -> list[Line]:
     """A line for attention and one for the MLP of each checkpoint that has the value."""
     many = len(summary["checkpoints"]) > 1
@@ -101,7 +106,8 @@ def by_kind(summary: Summary, rows: str, value: Callable[[Mapping[str, Any]], An
         for index, kind in enumerate(KINDS):
             own = [row for row in one[rows] if row["kind"] == kind and value(row) is not None]
             label = f"{one['name']}, {kind}" if many else kind
-            look = {"colour": colour_of(summary, number, kind), "dash": index}
             if own:
-                lines.append(line_of(label, own, [value(row) for row in own], **look))
+                values = [value(row) for row in own]
+                colour = colour_of(summary, number, kind)
+                lines.append(line_of(label, own, values, colour=colour, dash=index))
     return lines
