@@ -31,7 +31,7 @@ from deep_delta.model.capture import captured
 from deep_delta.report.render import in_house_style, new_figure, save_png
 from deep_delta.train.groups import parameter_groups
 
-RATES = tuple(2.0**power for power in range(-11, -3))
+RATES = tuple(2.0**power for power in range(-10, -1))
 STANDARD, MUP = "standard", "µP"
 HEAD_DIM = 64  # the same at every width: wider models have more heads
 BATCH, LENGTH, EVALUATED = 16, 256, 128  # sequences a step, tokens each, validation sequences
@@ -165,58 +165,82 @@ def sweep(cells: list[Cell], out: Path) -> Losses:
     return {cell: done[cell] for cell in cells}
 
 
-Curve = dict[float, float]  # learning rate -> loss, mean over seeds; NaN where one diverged
+Curve = dict[float, float]  # learning rate -> loss; NaN where it diverged
+Curves = dict[str, dict[int, list[Curve]]]  # parametrisation -> width -> one curve a seed
 
 
-def curves(losses: Losses, variant: str) -> dict[str, dict[int, Curve]]:
-    """Parametrisation -> width -> curve."""
-    seeds = len({cell.seed for cell in losses})
-    found: dict[str, dict[int, Curve]] = {STANDARD: {}, MUP: {}}
+def curves(losses: Losses, variant: str) -> Curves:
+    by_seed: dict[tuple[str, int, int], Curve] = {}
     for cell, loss in losses.items():
         if cell.variant == variant:
-            curve = found[cell.parametrisation].setdefault(cell.width, {})
-            curve[cell.lr] = curve.get(cell.lr, 0.0) + loss / seeds
+            by_seed.setdefault((cell.parametrisation, cell.width, cell.seed), {})[cell.lr] = loss
+    found: Curves = {STANDARD: {}, MUP: {}}
+    for (parametrisation, width, _), curve in by_seed.items():
+        found[parametrisation].setdefault(width, []).append(curve)
     return found
 
 
+def mean(of_seeds: list[Curve]) -> Curve:
+    return {lr: sum(curve[lr] for curve in of_seeds) / len(of_seeds) for lr in of_seeds[0]}
+
+
 def best(curve: Curve) -> float:
-    """The learning rate of the lowest loss."""
+    """The swept learning rate of the lowest loss."""
     return min(curve, key=lambda lr: math.inf if math.isnan(curve[lr]) else curve[lr])
 
 
+def optimum(curve: Curve) -> float:
+    """log₂ of the best learning rate: the lowest point of the parabola through the lowest loss and
+    those of its neighbours, an octave away. ±∞ where the sweep ends there, or a neighbour diverged.
+    """
+    lr = best(curve)
+    down, here, up = (curve.get(rate, math.nan) for rate in (lr / 2, lr, lr * 2))
+    if math.isnan(down):
+        return -math.inf
+    if math.isnan(up):
+        return math.inf
+    return math.log2(lr) + (down - up) / (2 * (down - 2 * here + up))
+
+
 @in_house_style
-def draw(found: dict[str, dict[int, Curve]], variant: str) -> Any:
-    """Validation loss against learning rate, a panel a parametrisation, a line a width."""
+def draw(found: Curves, variant: str) -> Any:
+    """Validation loss against learning rate, a panel a parametrisation, a line a width.
+
+    Lines are means over seeds, each of which is a pale dot; a star is the lowest mean.
+    """
     figure, left = new_figure(6.6, 2.9, (0.6, 3.45, 0.5, 0.4))
     box = left.get_position()
     right = figure.add_axes((box.x0 + 0.475, box.y0, box.width, box.height), sharey=left)
-    every = [loss for widths in found.values() for c in widths.values() for loss in c.values()]
+    means = {name: {w: mean(each) for w, each in of.items()} for name, of in found.items()}
+    every = [loss for widths in means.values() for c in widths.values() for loss in c.values()]
     lowest = min(filter(math.isfinite, every), default=0.0)
     left.set_ylim(lowest - 0.05, lowest + 0.9)  # what learns badly leaves at the top
     left.set_ylabel("val loss (nats/token)")
-    for axes, (name, widths) in zip((left, right), found.items(), strict=True):
+    for axes, (name, widths) in zip((left, right), means.items(), strict=True):
         axes.set_xscale("log", base=2)
         axes.set_xticks(RATES[::2], [f"{lr:.2g}" for lr in RATES[::2]])
         axes.set_xlabel("learning rate")
         axes.set_title(f"{variant}, {name}", fontsize=9)
         for colour, (width, curve) in zip(itertools.cycle(COLOURS), widths.items(), strict=False):
-            axes.plot(curve.keys(), curve.values(), color=colour, marker="o", markersize=3.5,
-                      label=f"width {width}")  # fmt: skip
+            for one in found[name][width]:
+                axes.plot(one.keys(), one.values(), ".", color=colour, alpha=0.35, markersize=3)
+            axes.plot(curve.keys(), curve.values(), color=colour, label=f"width {width}")
             axes.plot([best(curve)], [curve[best(curve)]], color=colour, marker="*", markersize=11)
     right.legend(frameon=False, fontsize=8)
     return figure
 
 
-def table(found: dict[str, dict[int, Curve]], variant: str) -> list[str]:
-    """A line a width: its best learning rate, and what the base width's best one costs there."""
+def table(found: Curves, variant: str) -> list[str]:
+    """A line a width: its best learning rate, and what the base width's costs there."""
     lines = []
     for name, widths in found.items():
-        base = best(next(iter(widths.values())))
-        for width, curve in widths.items():
-            lr = best(curve)
+        base = best(mean(next(iter(widths.values()))))
+        for width, of_seeds in widths.items():
+            curve, each = mean(of_seeds), sorted(map(optimum, of_seeds))
             lines.append(
-                f"{variant:16}{name:10}{width:>6}{lr:>12.5f}{math.log2(lr / base):>+8.0f}"
-                f"{curve[lr]:>11.4f}{curve[base] - curve[lr]:>+11.4f}"
+                f"{variant:12}{name:10}{width:>6}{math.log2(best(curve)):>9.0f}"
+                f"{sum(each) / len(each):>9.2f}  {f'[{each[0]:.2f}, {each[-1]:.2f}]':16}"
+                f"{curve[best(curve)]:>9.4f}{curve[base] - curve[best(curve)]:>+10.4f}"
             )
     return lines
 
@@ -244,11 +268,12 @@ def main() -> None:
             save_png(draw(found[variant], variant), options.out / f"{variant}.png")
         except UserError as error:
             print(f"no plot yet, the CSV is complete: {error}; then the same command draws it")
-    print(f"{'variant':16}{'':10}{'width':>6}{'best lr':>12}{'octaves':>8}{'val loss':>11}"
-          f"{'base lr':>11}")  # fmt: skip
+    print(f"{'variant':12}{'':10}{'width':>6}{'best':>9}{'vertex':>9}  {'of seeds':16}"
+          f"{'val loss':>9}{'lost':>10}")  # fmt: skip
     for variant in variants:
         print("\n".join(table(found[variant], variant)))
-    print("octaves: from the base width's best; base lr: nats lost by using that one here")
+    print("best: log2 of the best learning rate of the mean over seeds; vertex: of the parabolas\n"
+          "through it, mean and range over seeds; lost: nats by using the first width's best here")
 
 
 if __name__ == "__main__":

@@ -47,20 +47,41 @@ def test_sweep_is_kept_drawn_and_not_repeated(script, monkeypatch, tmp_path, cap
     wide = {(r["parametrisation"], r["lr"]): r["val_loss"] for r in rows if r["width"] == "32"}
     assert len(set(wide.values())) == 4
     assert (tmp_path / "ddl-cc.png").stat().st_size > 5000
-    table = capsys.readouterr().out.splitlines()[-6:]
+    table = capsys.readouterr().out.splitlines()[-7:]
     assert [line.split()[:3] for line in table[1:5]] == [
         ["ddl-cc", name, width] for name in ("standard", "µP") for width in ("16", "32")
     ]
     trained.clear()
     run(script, monkeypatch, tmp_path, *SMALL)
     assert trained == []
-    assert capsys.readouterr().out.splitlines()[-6:] == table
+    assert capsys.readouterr().out.splitlines()[-7:] == table
 
 
 def test_diverged_runs_are_gaps(script):
     curve = {1e-3: 5.0, 1e-2: 4.0, 1e-1: math.nan}
     assert script.best(curve) == 1e-2
-    script.draw({"standard": {16: curve}, "µP": {16: {**curve, 1e-2: math.nan}}}, "ddl-cc")
+    script.draw({"standard": {16: [curve]}, "µP": {16: [{**curve, 1e-2: math.nan}]}}, "ddl-cc")
+
+
+def test_optimum_lies_between_the_rates(script):
+    parabola = {2.0**x: 3 + 0.1 * (x + 5.3) ** 2 for x in range(-8, -2)}
+    assert script.best(parabola) == 2.0**-5
+    assert script.optimum(parabola) == pytest.approx(-5.3)
+    assert script.optimum({0.5: 2.0, 0.25: 2.0, 0.125: 2.0}) in (-math.inf, math.inf)
+    assert script.optimum({0.5: math.nan, 0.25: 2.0, 0.125: 3.0}) == math.inf
+    assert script.optimum({0.5: 4.0, 0.25: 3.0, 0.125: 2.0}) == -math.inf
+
+
+def test_table_is_of_the_mean_over_seeds(script):
+    """The first width's best rate, 2^-3, loses 0.5 at the second, whose best one is 2^-4."""
+    first = [{0.25: 3.0, 0.125: 2.0, 0.0625: 3.0}]
+    wide = [{0.25: 3.0, 0.125: 2.0, 0.0625: 1.0, 0.03125: 2.0},
+            {0.25: 3.0, 0.125: 1.0, 0.0625: 1.0, 0.03125: 2.0}]  # fmt: skip
+    lines = script.table({"standard": {16: first, 32: wide}}, "ddl-cc")
+    assert lines[0].split() == [
+        "ddl-cc", "standard", "16", "-3", "-3.00", "[-3.00,", "-3.00]", "2.0000", "+0.0000",
+    ]  # fmt: skip
+    assert lines[1].split()[3:] == ["-4", "-3.75", "[-4.00,", "-3.50]", "1.0000", "+0.5000"]
 
 
 def test_schedule_warms_up_and_falls_to_a_tenth(script):
