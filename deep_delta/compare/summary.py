@@ -63,6 +63,7 @@ def _variant(runs: list[RunResult], reference: dict[int, float] | None) -> dict[
         "parameters": first.parameters,
         "flops_per_token": first.flops_per_token,
         "tokens_per_s": fmean(run.tokens_per_s for run in runs),
+        "hardware": sorted({run.hardware or "unknown hardware" for run in runs}),
         # The median: on a CPU the first run of a process also pays for what libraries load.
         "peak_memory_bytes": int(median(run.peak_memory_bytes for run in runs)),
         "val_loss": _mean_and_spread(list(losses.values())) | {"n": len(runs)},

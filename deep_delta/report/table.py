@@ -39,19 +39,21 @@ def interval_name(summary: Summary) -> str:
 
 
 def speed_ratio(summary: Summary, variant: Mapping[str, Any]) -> float | None:
-    """Tokens per second of a variant over those of the baseline; None without a baseline run."""
-    speeds = {entry["variant"]: float(entry["tokens_per_s"]) for entry in summary["variants"]}
-    baseline = speeds.get(summary["baseline"], math.nan)
-    if not (math.isfinite(baseline) and baseline > 0.0):
+    """Tokens per second of a variant over those of the baseline.
+
+    None without a baseline run, and where the two ran on different hardware.
+    """
+    entries = {entry["variant"]: entry for entry in summary["variants"]}
+    baseline = entries.get(summary["baseline"])
+    if baseline is None or baseline["hardware"] != variant["hardware"]:
         return None
-    return float(variant["tokens_per_s"]) / baseline
+    speed = float(baseline["tokens_per_s"])
+    return float(variant["tokens_per_s"]) / speed if math.isfinite(speed) and speed > 0 else None
 
 
 def _row(summary: Summary, variant: Mapping[str, Any]) -> list[str]:
     loss = numbers.measured(variant["val_loss"]["mean"], variant["val_loss"]["spread"], 4)
     perplexity = variant["perplexity"]
-    ratio = speed_ratio(summary, variant)
-    speed = numbers.rate(variant["tokens_per_s"])
     return [
         str(variant["variant"]),
         numbers.with_prefix(variant["parameters"]),
@@ -60,9 +62,18 @@ def _row(summary: Summary, variant: Mapping[str, Any]) -> list[str]:
         _difference_cell(variant),
         _verdict_cell(summary, variant),
         numbers.with_prefix(variant["flops_per_token"]),
-        speed if ratio is None else f"{speed} ({ratio:.2f}{numbers.TIMES})",
+        _speed_cell(summary, variant),
         numbers.memory(variant["peak_memory_bytes"]),
     ]
+
+
+def _speed_cell(summary: Summary, variant: Mapping[str, Any]) -> str:
+    speed = numbers.rate(variant["tokens_per_s"])
+    hardware = {tuple(entry["hardware"]) for entry in summary["variants"]}
+    if len(hardware) > 1:
+        speed += f" on {', '.join(variant['hardware'])}"
+    ratio = speed_ratio(summary, variant)
+    return speed if ratio is None else f"{speed} ({ratio:.2f}{numbers.TIMES})"
 
 
 def _difference_cell(variant: Mapping[str, Any]) -> str:

@@ -67,6 +67,18 @@ def test_conclusion_without_a_common_seed(summary_of: SummaryOf) -> None:
     assert summary_rows(summary)[1][4] == "no common seed"
 
 
+def test_speeds_of_different_machines_are_not_compared(summary_of: SummaryOf) -> None:
+    summary = summary_of({"additive": BASE, "ddl-cc": lower_by(0.1, 0.1, 0.1)})
+    speeds = [row[7] for row in summary_rows(summary)]
+    assert speeds == ["1,000 (1.00\u00d7)", "500 (0.50\u00d7)"]
+    assert "0.50\u00d7 its tokens/s" in conclusions(summary)[0]
+    summary["variants"][1]["hardware"] = ["another CPU"]
+    assert [row[7] for row in summary_rows(summary)] == [
+        "1,000 on a CPU (1.00\u00d7)", "500 on another CPU",
+    ]  # fmt: skip
+    assert "tokens/s" not in conclusions(summary)[0]
+
+
 def test_diverged_runs_say_so(summary_of: SummaryOf) -> None:
     nan = {**BASE, 2: math.nan}
     summary = summary_of({"additive": BASE, "ddl-cc": nan})
