@@ -4,7 +4,7 @@
 
 trains a four-layer model on the bundled text at every width and learning rate, in the standard
 parametrisation and under µP (`mup_base_width` is the first width), and writes OUT/sweep.csv and
-OUT/VARIANT.png; a table comes last. What the CSV has is not trained again, so that the same command
+OUT/VARIANT-STEPS-steps.png; a table comes last. What the CSV has is not trained again, so that the same command
 goes on after an interruption, and draws elsewhere what a machine without matplotlib has trained.
 Batches, schedule and evaluation are the same in all runs of a seed. See docs/mup.md. Whether it
 works at all shows `--widths 64 128 --steps 2`.
@@ -265,7 +265,8 @@ def main() -> None:
         sys.exit(f"mup_transfer: {error}")
     for variant in variants:
         try:
-            save_png(draw(found[variant], variant), options.out / f"{variant}.png")
+            path = options.out / f"{variant}-{options.steps}-steps.png"
+            save_png(draw(found[variant], variant), path)
         except UserError as error:
             print(f"no plot yet, the CSV is complete: {error}; then the same command draws it")
     print(f"{'variant':12}{'':10}{'width':>6}{'best':>9}{'vertex':>9}  {'of seeds':16}"

@@ -46,7 +46,7 @@ def test_sweep_is_kept_drawn_and_not_repeated(script, monkeypatch, tmp_path, cap
     assert all(0 < float(row["val_loss"]) < 20 for row in rows)
     wide = {(r["parametrisation"], r["lr"]): r["val_loss"] for r in rows if r["width"] == "32"}
     assert len(set(wide.values())) == 4
-    assert (tmp_path / "ddl-cc.png").stat().st_size > 5000
+    assert (tmp_path / "ddl-cc-2-steps.png").stat().st_size > 5000
     table = capsys.readouterr().out.splitlines()[-7:]
     assert [line.split()[:3] for line in table[1:5]] == [
         ["ddl-cc", name, width] for name in ("standard", "µP") for width in ("16", "32")
