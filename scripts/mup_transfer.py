@@ -4,10 +4,10 @@
 
 trains a four-layer model on the bundled text at every width and learning rate, in the standard
 parametrisation and under µP (`mup_base_width` is the first width), and writes OUT/sweep.csv and
-OUT/VARIANT-STEPS-steps.png; a table comes last. What the CSV has is not trained again, so that the same command
-goes on after an interruption, and draws elsewhere what a machine without matplotlib has trained.
-Batches, schedule and evaluation are the same in all runs of a seed. See docs/mup.md. Whether it
-works at all shows `--widths 64 128 --steps 2`.
+OUT/VARIANT-STEPS-steps.png; a table comes last. What the CSV has is not trained again, so that the
+same command goes on after an interruption, and draws elsewhere what a machine without matplotlib
+has trained. Batches, schedule and evaluation are the same in all runs of a seed. See docs/mup.md.
+Whether it works at all shows `--widths 64 128 --steps 2`.
 """
 
 import argparse
@@ -273,8 +273,10 @@ def main() -> None:
           f"{'val loss':>9}{'lost':>10}")  # fmt: skip
     for variant in variants:
         print("\n".join(table(found[variant], variant)))
-    print("best: log2 of the best learning rate of the mean over seeds; vertex: of the parabolas\n"
-          "through it, mean and range over seeds; lost: nats by using the first width's best here")
+    print(
+        "best: log2 of the best learning rate of the mean over seeds; vertex: of the parabolas\n"
+        "through it, mean and range over seeds; lost: nats by using the first width's best here"
+    )
 
 
 if __name__ == "__main__":
