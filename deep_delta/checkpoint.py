@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from deep_delta.data import TokenShards, check_tokenizer
+from deep_delta.data.files import sha256_of
 from deep_delta.data.texts import one_line
+from deep_delta.data.tokenizer import TOKENIZER_NAME
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 
@@ -33,6 +37,31 @@ def load_model(folder: Path, **changes: Any) -> DeepDeltaForCausalLM:
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of the model's weights, first {missing[0]}")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_fits(folder: Path, model: DeepDeltaForCausalLM, shards: TokenShards) -> Tokenizer:
+    """The shards' tokenizer, if the checkpoint in `folder` was trained with it.
+
+    The same vocabulary counts as the same tokenizer: transformers saves it again in other bytes.
+    A checkpoint without a tokenizer is only asked whether its vocabulary is large enough.
+
+    Errors: UserError where model or tokenizer does not fit, or the tokenizer can't be read.
+    """
+    check_tokenizer(shards.manifest, model.config.vocab_size)
+    tokenizer = Tokenizer.from_file(str(shards.folder / TOKENIZER_NAME))
+    own = folder / TOKENIZER_NAME
+    if own.is_file() and sha256_of(own) != shards.manifest.tokenizer_sha256:
+        try:
+            theirs = Tokenizer.from_file(str(own))
+        except Exception as error:  # tokenizers raises plain Exception
+            line = f"the tokenizer in {folder} can't be read: {one_line(error)}"
+            raise UserError(line) from error
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"{folder} has another tokenizer than the data ({shards.manifest.tokenizer_name}): "
+                f"prepare the text with --tokenizer {folder}"
+            )
+    return tokenizer
 
 
 def quiet_transformers() -> None:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from deep_delta.checkpoint import load_model
-from deep_delta.data import Manifest, TokenShards, check_tokenizer, prepare_bundled
-from deep_delta.data.files import sha256_of
-from deep_delta.data.tokenizer import TOKENIZER_NAME
+from deep_delta.data import TokenShards, prepare_bundled
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaForCausalLM
 
@@ -50,20 +48,6 @@ def open_text(folder: str, out: Path) -> TokenShards:
     """The validation split of a prepared folder; "bundled" is the package's text, below `out`."""
     path = prepare_bundled(out / "data") if folder == "bundled" else Path(folder)
     return TokenShards.open(path, SPLIT)
-
-
-def check_fits(checkpoint: Path, model: DeepDeltaForCausalLM, manifest: Manifest) -> None:
-    """UserError unless the text was made with the tokenizer the model was trained with.
-
-    A checkpoint without a tokenizer is only asked whether its vocabulary is large enough.
-    """
-    tokenizer = checkpoint / TOKENIZER_NAME
-    if tokenizer.is_file() and sha256_of(tokenizer) != manifest.tokenizer_sha256:
-        raise UserError(
-            f"{checkpoint} has another tokenizer than the data ({manifest.tokenizer_name}): "
-            "prepare the text with the checkpoint's own (ddl prepare --tokenizer)"
-        )
-    check_tokenizer(manifest, model.config.vocab_size)
 
 
 def position_bins(seq_len: int) -> tuple[list[str], Tensor]:

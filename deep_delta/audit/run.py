@@ -14,7 +14,7 @@ from deep_delta.audit import inputs
 from deep_delta.audit.auditor import TOLERANCE, Auditor
 from deep_delta.audit.streams import LEVEL, Means
 from deep_delta.audit.sublayer import BORDERS, GATE_BINS, GATE_TOP, REGIMES
-from deep_delta.checkpoint import quiet_transformers
+from deep_delta.checkpoint import check_fits, quiet_transformers
 from deep_delta.data import PackedSequences
 from deep_delta.data.files import write_json_atomically
 from deep_delta.errors import UserError
@@ -64,7 +64,7 @@ def audit(
             raise UserError(f"{path} takes {longest} tokens, fewer than --seq-len {seq_len}")
     shards = inputs.open_text(data, out)
     for path, model in zip(checkpoints, models, strict=True):
-        inputs.check_fits(path, model, shards.manifest)
+        check_fits(path, model, shards)
     packed = PackedSequences(shards, seq_len, mask_documents=masked)
     count = min(sequences, len(packed))
     chosen = [index * len(packed) // count for index in range(count)]

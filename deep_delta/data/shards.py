@@ -1,6 +1,7 @@
 """Reading prepared token shards, and cutting them into training sequences."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,13 +27,16 @@ _verified: dict[tuple[str, int, int], tuple[str, int]] = {}
 class TokenShards:
     """The tokens of one split as one long sequence, memory-mapped. Make it with `open`.
 
-    manifest: that of the folder, for all splits.
+    folder, manifest: the folder, and its manifest for all splits.
     """
 
-    def __init__(self, manifest: Manifest, paths: list[Path], lengths: list[int]) -> None:
-        """`paths` and `lengths` (tokens) of the shards, in order."""
+    def __init__(self, folder: Path, manifest: Manifest, shards: Sequence[ShardInfo]) -> None:
+        """`shards` of one split, in order."""
+        self.folder = folder
         self.manifest = manifest
-        self._paths = paths
+        self._shards = shards
+        self._paths = [folder / shard.name for shard in shards]
+        lengths = [shard.tokens for shard in shards]
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         # Shard i holds the tokens from _borders[i] up to _borders[i + 1].
         self._borders = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -42,8 +46,8 @@ class TokenShards:
     def open(cls, folder: Path, split: str, *, verify: bool = True) -> Self:
         """Open the split "train" or "val" of a prepared folder.
 
-        verify: also read every shard once and check its SHA-256 and that its ids are in the
-            vocabulary; existence, size and the tokenizer copy are checked in any case.
+        verify: as the method of this name, too; existence, size and the tokenizer copy are
+            checked in any case.
         Errors: UserError for a folder that is not prepared, an empty split, a missing, cut or
         corrupt shard, or a tokenizer that is not the one the shards were made with.
         """
@@ -52,12 +56,22 @@ class TokenShards:
         info = manifest.splits.get(split)
         if info is None or info.tokens == 0:
             raise UserError(f'{folder} has no tokens in the split "{split}"')
-        paths = [folder / shard.name for shard in info.shards]
-        for path, shard in zip(paths, info.shards, strict=True):
+        opened = cls(folder, manifest, info.shards)
+        for path, shard in zip(opened._paths, info.shards, strict=True):
             _check_size(path, shard, np.dtype(manifest.dtype).itemsize)
-            if verify:
-                _check_contents(path, shard, manifest)
-        return cls(manifest, paths, [shard.tokens for shard in info.shards])
+        if verify:
+            opened.verify()
+        return opened
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read shards once and check their SHA-256 and that their ids are in the vocabulary.
+
+        part, parts: every `parts`-th shard, beginning with number `part`, so that several
+            processes can share the work.
+        Errors: UserError for a shard that is corrupt or was made with a larger vocabulary.
+        """
+        for path, shard in list(zip(self._paths, self._shards, strict=True))[part::parts]:
+            _check_contents(path, shard, self.manifest)
 
     def __len__(self) -> int:
         """Number of tokens."""

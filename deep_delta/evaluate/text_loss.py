@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from deep_delta.data import Manifest, TokenShards, check_tokenizer
+from deep_delta.checkpoint import check_fits
+from deep_delta.data import Manifest, TokenShards
 from deep_delta.data.files import sha256_of
 from deep_delta.data.manifest import SOURCES_NAME
 from deep_delta.data.shards import IGNORED_LABEL
-from deep_delta.data.tokenizer import TOKENIZER_NAME
 from deep_delta.errors import UserError
 from deep_delta.evaluate.bootstrap import ratio_intervals
 from deep_delta.evaluate.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def text_loss(
     Errors: UserError for data that can't be read or was made with another tokenizer.
     """
     shards = TokenShards.open(folder, SPLIT)
-    tokenizer = _check_tokenizers(checkpoint, shards.manifest, folder)
+    tokenizer = check_fits(checkpoint.folder, checkpoint.model, shards)
     borders = _borders(shards)[: None if limit is None else limit + 1]
     documents = len(borders) - 1
     tokens = np.diff(borders) - 1.0
@@ -200,19 +200,3 @@ def _sources(folder: Path, documents: int) -> list[str] | None:
             f"{path} names {len(names):,} sources for {documents:,} documents: it needs a line each"
         )
     return names
-
-
-def _check_tokenizers(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> Tokenizer:
-    """The data's tokenizer. UserError where the model or its own tokenizer does not fit it."""
-    check_tokenizer(manifest, checkpoint.model.config.vocab_size)
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
-    known = checkpoint.tokenizer_sha256
-    if known is not None and known != manifest.tokenizer_sha256:
-        theirs = checkpoint.tokenizer().get_vocab()
-        # Saved again by transformers it has other bytes, and is the same tokenizer.
-        if theirs != tokenizer.get_vocab(with_added_tokens=True):
-            raise UserError(
-                f"{folder} was made with another tokenizer than that of {checkpoint.folder}: "
-                f"prepare the text with --tokenizer {checkpoint.folder}"
-            )
-    return tokenizer

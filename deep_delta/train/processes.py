@@ -36,9 +36,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_main() -> bool:
     """Whether this is the process that writes the run folder."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def _hosts(patience: timedelta) -> Any:
@@ -66,6 +71,20 @@ def on_main(action: Callable[[], T]) -> T:
     if failure is not None:
         failure.in_all = True  # one process need say it
         raise failure
+    return result
+
+
+def on_each(action: Callable[[], T]) -> T:
+    """Run the action in every process; its own result, or in all the first UserError or OSError."""
+    failure: Any = None
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        failure = error
+    for other in everyones(failure):
+        if other is not None:
+            other.in_all = True  # one process need say it
+            raise other
     return result
 
 

@@ -34,7 +34,15 @@ from deep_delta.train.folder import (
     save_weight_decay,
 )
 from deep_delta.train.metrics import MetricsWriter
-from deep_delta.train.processes import is_main, lost_processes_named, on_main, wait_for_all
+from deep_delta.train.processes import (
+    is_main,
+    lost_processes_named,
+    on_each,
+    on_main,
+    processes,
+    rank,
+    wait_for_all,
+)
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
 from deep_delta.train.trackers import Trackers
@@ -196,19 +204,14 @@ def _data_folder(recipe: Recipe) -> Path:
     return Path(recipe.data)
 
 
-def _check_data(folder: Path) -> None:
-    """Read all shards once, which one process should do: it would cost every other as much."""
-    for split in ("train", "val"):
-        TokenShards.open(folder, split)
-
-
 def _datasets(
     recipe: Recipe, folder: Path, config: DeepDeltaConfig
 ) -> tuple[NumberedSequences, Subset, Manifest]:
-    on_main(lambda: _check_data(folder))
-    train_shards, val_shards = (
-        TokenShards.open(folder, split, verify=False) for split in ("train", "val")
+    train_shards, val_shards = on_each(
+        lambda: [TokenShards.open(folder, split, verify=False) for split in ("train", "val")]
     )
+    on_each(lambda: train_shards.verify(rank(), processes()))  # a large one's take minutes
+    on_each(lambda: val_shards.verify(rank(), processes()))
     check_tokenizer(train_shards.manifest, config.vocab_size)
     config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
     mask = recipe.mask_documents

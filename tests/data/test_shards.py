@@ -158,6 +158,19 @@ def test_a_flipped_bit_is_found(folder):
     TokenShards.open(folder, "val")
 
 
+def test_parts_of_a_split_are_verified_by_themselves(folder):
+    path = folder / "train-00001.bin"
+    data = bytearray(path.read_bytes())
+    data[78] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(2, 2))
+    opened = TokenShards.open(folder, "train", verify=False)
+    opened.verify(0, 2)
+    opened.verify(2, 3)
+    assert f"the shard {path} is corrupt" in user_error(lambda: opened.verify(1, 2))
+    assert f"the shard {path} is corrupt" in user_error(lambda: opened.verify(1, 3))
+
+
 def test_a_shard_is_hashed_once_while_it_stays_the_same(folder, monkeypatch):
     TokenShards.open(folder, "train")
     monkeypatch.setattr(shards, "_hash_and_largest", lambda *_: pytest.fail("hashed again"))

@@ -18,10 +18,11 @@ from helpers import close
 from safetensors.torch import load_file
 from torch import distributed as dist
 from train.group import together
-from train.micro import losses, micro_recipe, rows_of, user_error, weights
+from train.micro import losses, micro_recipe, rows_of, some_text, user_error, weights
 
 from deep_delta.compare import compare
 from deep_delta.compare import run as compare_run
+from deep_delta.data import prepare, shards
 from deep_delta.errors import UserError
 from deep_delta.train import Interrupted, processes, train, trainer
 from deep_delta.train.processes import Agreement, everyones, is_main, leave, on_main
@@ -321,6 +322,29 @@ def ending(recipe):
 def test_a_comparison_hears_signals_after_a_diverged_run(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     assert together(ending, recipe) == [("Diverged", True)] * 2
+
+
+def checking(recipe):
+    hashed, of_shard = [], shards._hash_and_largest
+    shards._hash_and_largest = lambda path, dtype: hashed.append(path.name) or of_shard(path, dtype)
+    return user_error(train, recipe), hashed
+
+
+def test_processes_share_the_check_of_the_data(tmp_path):
+    """What one of them finds, all raise."""
+    source = tmp_path / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": some_text(30, n)}) + "\n" for n in range(60)))
+    data = tmp_path / "data"
+    prepare([str(source)], data, val_fraction=0.1, shard_tokens=300)
+    path = data / "train-00001.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    recipe = micro_recipe(data, tmp_path / "out")
+    (first, ours), (second, theirs) = together(checking, recipe)
+    assert first == second
+    assert f"{path} is corrupt" in first
+    assert {"train-00000.bin", "train-00002.bin"} <= set(ours)
+    assert path.name in theirs
+    assert not set(ours) & set(theirs)
 
 
 def over_hosts():
