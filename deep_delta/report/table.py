@@ -41,11 +41,11 @@ def interval_name(summary: Summary) -> str:
 def speed_ratio(summary: Summary, variant: Mapping[str, Any]) -> float | None:
     """Tokens per second of a variant over those of the baseline.
 
-    None without a baseline run, and where the two ran on different hardware.
+    None without a baseline run, and where not all their runs had the same hardware.
     """
     entries = {entry["variant"]: entry for entry in summary["variants"]}
     baseline = entries.get(summary["baseline"])
-    if baseline is None or baseline["hardware"] != variant["hardware"]:
+    if baseline is None or len({*baseline["hardware"], *variant["hardware"]}) > 1:
         return None
     speed = float(baseline["tokens_per_s"])
     return float(variant["tokens_per_s"]) / speed if math.isfinite(speed) and speed > 0 else None
