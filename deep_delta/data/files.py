@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json_atomically(path: Path, value: Any) -> None:
     """Like `write_atomically`, for a JSON value."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def publish_folder(staged: Path, target: Path) -> None:
+    """Rename a folder with files to `target`, which is then whole, also after a power failure.
+
+    A target that is there already is replaced. Errors: OSError as the file system gives it.
+    """
+    for path in staged.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(staged)
+    if target.exists():
+        shutil.rmtree(target)
+    staged.rename(target)
+    fsync_folder(target.parent)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there: written aside, hashed, made durable, then renamed."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deep_delta.data.files import fsync_folder, sha256_of, write_json_atomically
+from deep_delta.data.files import publish_folder, sha256_of, write_json_atomically
 
 CONTENTS = "contents.json"  # size and SHA-256 of every other file
 STAGE = "unfinished"  # in the run folder: where a checkpoint is written
@@ -46,9 +45,6 @@ def publish(staged: Path, folder: Path, keep: int) -> None:
     """
     (staged / UNREAD).unlink(missing_ok=True)
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     contents = {
         path.relative_to(staged).as_posix(): {
             "bytes": path.stat().st_size,
@@ -57,11 +53,7 @@ def publish(staged: Path, folder: Path, keep: int) -> None:
         for path in files
     }
     write_json_atomically(staged / CONTENTS, contents)
-    target = folder / staged.name
-    if target.exists():
-        shutil.rmtree(target)
-    staged.rename(target)
-    fsync_folder(folder)
+    publish_folder(staged, folder / staged.name)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 

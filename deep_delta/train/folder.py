@@ -1,5 +1,6 @@
 """The run folder: what a run finds there and what it leaves."""
 
+import fcntl
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from deep_delta.accounting import flops_per_token
 from deep_delta.data import Manifest, TokenShards
-from deep_delta.data.files import write_json_atomically
+from deep_delta.data.files import publish_folder, write_atomically, write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.report.provenance import commit, hardware, versions
@@ -70,6 +71,38 @@ class Diverged(UserError):
 def read_result(folder: Path) -> RunResult:
     """What `save_result` left in a finished run folder."""
     return RunResult(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+
+
+class Hold:
+    """A run folder that no other process on machines with the same file system may train in.
+
+    The lock is a file beside the folder, and ends with the process, however it ends.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._file: Any = None
+
+    def take(self) -> None:
+        """UserError if another process has it."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.folder.with_name(f".{self.folder.name}.lock").open("a")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.folder} is being trained by another process: wait for its end, or choose "
+                "another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> Path | None:
@@ -133,6 +166,16 @@ def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig)
         raise UserError(f"{checkpoint} is not named checkpoint-STEP")
     if step >= recipe.steps:
         raise UserError(f"{checkpoint} has no step left to train of the recipe's {recipe.steps}")
+    origin = checkpoint.resolve().parent / RECIPE
+    if origin.is_file():
+        before = load_recipe(origin)
+        sizes = [(r.batch_size, r.seq_len) for r in (before, recipe)]
+        if sizes[0] != sizes[1]:  # a step is a place in the data
+            old, new = (f"{batch} × {length}" for batch, length in sizes)
+            raise UserError(
+                f"{checkpoint} is of batches of {old} tokens, the recipe's are {new}: keep "
+                "batch_size and seq_len, or its place in the data would be another"
+            )
     theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string(use_diff=False))
     # What is stored and what is rebuilt changes no bit of the result.
@@ -176,7 +219,7 @@ def save_weight_decay(trainer: DeltaTrainer, model: PreTrainedModel, path: Path)
         ratio = model.config.width_ratio
         factors = {"learning_rate": 1 / ratio, "weight_decay": ratio}
         listing["width_scaled"] = {**factors, "tensors": scaled}
-    path.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(listing, indent=1) + "\n").encode())
 
 
 def save_divergence(event: NotFinite, shards: TokenShards, seq_len: int, folder: Path) -> str:
@@ -214,8 +257,7 @@ def save_final(
     (temporary / UNREAD).unlink(missing_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(data_folder / name, temporary / name)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    publish_folder(temporary, final)
 
 
 def provenance() -> dict[str, Any]:

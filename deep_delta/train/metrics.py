@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,9 +52,9 @@ class MetricsWriter(TrainerCallback):
 
     Rows at logged steps: step, tokens, flops, seconds, loss, lr, grad_norm, tokens_per_s, on a GPU
     memory_bytes (the allocator's peak so far) and, where its peak speed is known, mfu; at
-    evaluations: step, tokens, flops, seconds, val_loss. `seconds` is training time, without
-    evaluation and saving; `tokens` counts input tokens and `flops` what they cost by
-    `flops_per_token`; `loss` is the mean over the steps since the last row.
+    evaluations: step, tokens, flops, seconds, val_loss. `seconds` is training time, waiting for
+    data included, without evaluation and saving; `tokens` counts input tokens and `flops` what
+    they cost by `flops_per_token`; `loss` is the mean over the steps since the last row.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class MetricsWriter(TrainerCallback):
         rows = keep_until(path, resumed_at) if is_main() else []
         self.seconds: float = rows[-1]["seconds"] if rows else 0.0
         self.last_step = resumed_at
-        self.started: float | None = None
+        self.started = math.nan  # since when the present interval trains, or waits for its data
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -78,12 +79,12 @@ class MetricsWriter(TrainerCallback):
         # A resumed state brings the intervals of the run before.
         state.logging_steps, state.eval_steps = int(args.logging_steps), int(args.eval_steps or 0)
         state.save_steps = int(args.save_steps)
+        self.started = time.perf_counter()
 
-    def on_step_begin(
+    def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
-        if self.started is None:
-            self.started = time.perf_counter()
+        self.started = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -100,10 +101,9 @@ class MetricsWriter(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs,
     ) -> None:
-        if logs is None or "loss" not in logs or self.started is None:
+        if logs is None or "loss" not in logs:
             return
         elapsed = time.perf_counter() - self.started
-        self.started = None
         self.seconds += elapsed
         steps = state.global_step - self.last_step
         self.last_step = state.global_step
@@ -120,9 +120,10 @@ class MetricsWriter(TrainerCallback):
             most = peak_flops(torch.cuda.get_device_name())
             if most is not None:
                 row["mfu"] = round(speed * self.flops_per_token / (most * args.world_size), 4)
-        self._append(row, state)
+        self._append(row, state, control)
         if state.is_world_process_zero:
             self.progress.update(state.global_step, logs["loss"], speed)
+        self.started = time.perf_counter()
 
     def on_evaluate(
         self,
@@ -134,7 +135,8 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         if metrics is None or "eval_loss" not in metrics:
             return
-        self._append({**self._position(state), "val_loss": metrics["eval_loss"]}, state)
+        self._append({**self._position(state), "val_loss": metrics["eval_loss"]}, state, control)
+        self.started = time.perf_counter()
 
     def _position(self, state: TrainerState) -> Row:
         tokens = state.global_step * self.tokens_per_step
@@ -145,8 +147,11 @@ class MetricsWriter(TrainerCallback):
             "seconds": round(self.seconds, 4),
         }
 
-    def _append(self, row: Row, state: TrainerState) -> None:
+    def _append(self, row: Row, state: TrainerState, control: TrainerControl) -> None:
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(row))
+                if control.should_save:  # no checkpoint may outlive the rows before it
+                    file.flush()
+                    os.fsync(file.fileno())
             self.also(row)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from deep_delta.data.files import write_atomically
 from deep_delta.errors import UserError
 
 # Changing these does not change what the run learns, so a resumed run may differ in them.
@@ -238,7 +239,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML, its fields in the order of the dataclass."""
     import yaml
 
-    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+    write_atomically(path, text.encode())
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

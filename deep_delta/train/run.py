@@ -23,6 +23,7 @@ from deep_delta.train.folder import (
     FINAL,
     RESULT,
     Diverged,
+    Hold,
     RunResult,
     check_disk,
     prepare_folder,
@@ -79,16 +80,21 @@ def train(recipe: Recipe) -> RunResult:
         LostProcess: another process ended; the same call goes on from the newest checkpoint.
     """
     # Trackers close last, when all is saved: W&B waits for the network then, as long as it takes.
-    with lost_processes_named(), Trackers(recipe.tracker_names) as trackers:
-        return _train(recipe, trackers)
+    with (
+        lost_processes_named(),
+        Trackers(recipe.tracker_names) as trackers,
+        Hold(recipe.run_folder) as hold,
+    ):
+        return _train(recipe, trackers, hold)
 
 
-def _train(recipe: Recipe, trackers: Trackers) -> RunResult:
+def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
     quiet_transformers()
     config, arguments = model_config(recipe), training_arguments(recipe)
     loss = _loss(recipe, arguments.device)
     data_folder = on_main(lambda: _data_folder(recipe))
     train_data, val_data, manifest = _datasets(recipe, data_folder, config)
+    on_main(hold.take)
     checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest))
     folder, made_with = recipe.run_folder, on_main(provenance)
     result = on_main(lambda: read_result(folder) if (folder / RESULT).is_file() else None)

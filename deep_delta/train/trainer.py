@@ -115,6 +115,7 @@ class DeltaTrainer(Trainer):
         # Step, sequences and loss of every pass since the last log: looked at only there, since
         # reading a loss waits for the GPU.
         self.passes: list[tuple[int, Tensor, Tensor]] = []
+        self.norms: list[tuple[int, Any]] = []  # step and gradient norm, likewise
         self.staging = False
         if processes() > 1:
             size = args.per_device_eval_batch_size * processes()
@@ -157,18 +158,25 @@ class DeltaTrainer(Trainer):
         self.passes.append((self.state.global_step + 1, sequences, loss))
         return loss
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.norms.append((self.state.global_step + 1, norm))
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if "loss" not in logs:
             return
         passes, self.passes = self.passes, []
-        norm = logs.get("grad_norm", 0.0)
-        if math.isfinite(logs["loss"]) and math.isfinite(norm):
+        norms, self.norms = self.norms, []
+        if math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0)):
             return
         own_bad = [step for step, _, loss in passes if not math.isfinite(loss.item())]
         bad = [step for steps in everyones(own_bad) for step in steps]
-        step = min(bad, default=self.state.global_step)
-        what, value = ("loss", logs["loss"]) if bad else ("gradient norm", norm)
+        what, value, step = "loss", logs["loss"], min(bad, default=self.state.global_step + 1)
+        for at, norm in ((at, float(norm)) for at, norm in norms):
+            if at < step and not math.isfinite(norm):  # it spoilt the weights, and they the loss
+                what, value, step = "gradient norm", norm, at
         own = [number for at, numbers, _ in passes if at == step for number in numbers.tolist()]
         sequences = [number for numbers in everyones(own) for number in numbers]
         raise NotFinite(what, value, step, sequences)

@@ -27,6 +27,7 @@ from train.micro import (
 from deep_delta.data import prepare
 from deep_delta.train import Interrupted, read_result, train
 from deep_delta.train.checkpoint import fault
+from deep_delta.train.folder import Hold
 from deep_delta.train.recipe import save_recipe
 from deep_delta.train.trainer import SEQUENCE, DeltaTrainer
 from deep_delta_cli import main
@@ -330,6 +331,57 @@ def test_what_is_not_a_checkpoint_of_this_run_is_one_line(micro_data, tmp_path, 
     recipe = micro_recipe(micro_data, tmp_path / "run", resume=str(checkpoint), steps=steps)
     assert str(checkpoint) in user_error(train, recipe)
     assert not (recipe.run_folder / "result.json").exists()
+
+
+def test_other_batches_from_a_path_are_refused(micro_data, tmp_path):
+    """A checkpoint's step is its place in the data."""
+    first = micro_recipe(micro_data, tmp_path / "first", save_every=3)
+    train(first)
+    start = str(first.run_folder / "checkpoint-3")
+    other = micro_recipe(micro_data, tmp_path / "second", resume=start, batch_size=8)
+    line = user_error(train, other)
+    assert f"{start} is of batches of 4 × 16 tokens, the recipe's are 8 × 16" in line
+    train(dataclasses.replace(other, batch_size=4, micro_batch_size=1))
+
+
+def test_a_folder_is_trained_in_by_one_at_a_time(micro_data, tmp_path):
+    recipe = micro_recipe(micro_data, tmp_path)
+    with Hold(recipe.run_folder) as other:
+        other.take()
+        assert user_error(train, recipe) == (
+            f"{recipe.run_folder} is being trained by another process: wait for its end, or choose "
+            "another --out"
+        )
+        assert not recipe.run_folder.exists()
+    train(recipe)
+
+
+def test_what_a_checkpoint_needs_is_on_the_disk_before_it_is_there(
+    micro_data, tmp_path, monkeypatch
+):
+    """All its files and the rows before it, then the rename, then the folder it is in."""
+    events, fsync, rename = [], os.fsync, pathlib.Path.rename
+
+    def recorded_fsync(descriptor):
+        events.append(pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        return fsync(descriptor)
+
+    def recorded_rename(self, target):
+        events.append(("rename", self.name, pathlib.Path(target).name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(pathlib.Path, "rename", recorded_rename)
+    recipe = micro_recipe(micro_data, tmp_path, save_every=6)
+    train(recipe)
+    folder = recipe.run_folder
+    for staged, name in ((folder / "unfinished" / "checkpoint-6", "checkpoint-6"),
+                         (folder / "final.tmp", "final")):  # fmt: skip
+        renamed = events.index(("rename", staged.name, name))
+        before = set(events[:renamed])
+        assert {staged / path.name for path in (folder / name).iterdir()} <= before
+        assert {staged, folder / "metrics.jsonl"} <= before
+        assert events[renamed + 1] == folder
 
 
 def test_resume_never_starts_over_and_keeps_the_earlier_run(micro_data, tmp_path, whole):

@@ -18,7 +18,7 @@ from deep_delta.data import PackedSequences, TokenShards
 from deep_delta.train import load_recipe, metrics, read_metrics, read_result, train
 from deep_delta.train.metrics import MetricsWriter
 from deep_delta.train.progress import ProgressLine
-from deep_delta.train.trainer import DeltaTrainer
+from deep_delta.train.trainer import SEQUENCE, DeltaTrainer, NumberedSequences
 
 
 def test_a_run_folder_is_complete(micro_data, tmp_path):
@@ -72,7 +72,8 @@ def test_a_gpus_memory_and_utilisation_are_logged(tmp_path, monkeypatch, name, k
     writer = MetricsWriter(tmp_path / "rows", 100, 1e9, 0, ProgressLine("x", 9), also=print)
     writer.started = time.perf_counter()
     state = SimpleNamespace(global_step=3, is_world_process_zero=True)
-    writer.on_log(SimpleNamespace(world_size=2), state, None, {"loss": 1.0})
+    control = SimpleNamespace(should_save=False)
+    writer.on_log(SimpleNamespace(world_size=2), state, control, {"loss": 1.0})
     (row,) = read_metrics(tmp_path / "rows")
     assert (row["flops"], row["memory_bytes"]) == (300e9, 7)
     assert ("mfu" in row) is known
@@ -138,6 +139,45 @@ def test_a_diverged_run_stops_and_says_where(micro_data, tmp_path, monkeypatch, 
     assert read_result(folder).val_loss is None
     monkeypatch.undo()
     assert user_error(train, recipe) == message, "it is not trained again"
+
+
+def test_a_gradient_that_is_no_number_is_found_before_the_loss_it_spoils(
+    micro_data, tmp_path, monkeypatch
+):
+    step = DeltaTrainer.training_step
+
+    def training_step(self, model, inputs, *rest):
+        loss = step(self, model, inputs, *rest)
+        if self.state.global_step == 3:
+            weight = next(p for p in model.parameters() if p.grad is not None)
+            weight.grad.view(-1)[0] = math.inf
+            poisoned.extend(inputs[SEQUENCE].tolist())
+        return loss
+
+    poisoned: list[int] = []
+    monkeypatch.setattr(DeltaTrainer, "training_step", training_step)
+    recipe = micro_recipe(micro_data, tmp_path, log_every=6, eval_every=6)
+    assert user_error(train, recipe).startswith("the gradient norm is inf at step 4; its batch: ")
+    report = json.loads((recipe.run_folder / "diverged.json").read_text())
+    assert report["gradient norm"] == "inf"
+    assert [place["sequence"] for place in report["sequences"]] == poisoned
+
+
+def test_waiting_for_data_is_training_time_and_saving_is_not(micro_data, tmp_path, monkeypatch):
+    item, save = NumberedSequences.__getitem__, DeltaTrainer._save_checkpoint
+
+    def slow_item(self, index):
+        time.sleep(0.02)
+        return item(self, index)
+
+    def slow_save(self, *arguments):
+        time.sleep(3)
+        return save(self, *arguments)
+
+    monkeypatch.setattr(NumberedSequences, "__getitem__", slow_item)
+    monkeypatch.setattr(DeltaTrainer, "_save_checkpoint", slow_save)
+    recipe = micro_recipe(micro_data, tmp_path, save_every=3)
+    assert 6 * 4 * 0.02 < train(recipe).train_seconds < 3
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_is_saved(micro_data, tmp_path):
