@@ -1,6 +1,5 @@
 """The run folder: what a run finds there and what it leaves."""
 
-import fcntl
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -30,6 +29,11 @@ from deep_delta.train.metrics import read_metrics
 from deep_delta.train.processes import is_main, on_main, processes
 from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
 from deep_delta.train.trainer import DeltaTrainer, NotFinite
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FINAL, RESULT, RECIPE, DATA = "final", "result.json", "recipe.yaml", "data.json"
 DIVERGED = "diverged.json"
@@ -84,7 +88,9 @@ class Hold:
         self._file: Any = None
 
     def take(self) -> None:
-        """UserError if another process has it."""
+        """UserError if another process has it. Where there are no locks, nothing is checked."""
+        if fcntl is None:
+            return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.folder.with_name(f".{self.folder.name}.lock").open("a")
         try:
@@ -94,7 +100,7 @@ class Hold:
                 f"{self.folder} is being trained by another process: wait for its end, or choose "
                 "another --out"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # a file system without them
             return
 
     def __enter__(self) -> "Hold":
