@@ -91,16 +91,16 @@ class Hold:
         """UserError if another process has it. Where there are no locks, nothing is checked."""
         if fcntl is None:
             return
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.folder.with_name(f".{self.folder.name}.lock").open("a")
         try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.folder.with_name(f".{self.folder.name}.lock").open("a")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{self.folder} is being trained by another process: wait for its end, or choose "
                 "another --out"
             ) from None
-        except OSError:  # a file system without them
+        except OSError:  # a file system without them, or without writing
             return
 
     def __enter__(self) -> "Hold":

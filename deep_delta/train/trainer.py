@@ -1,5 +1,6 @@
 """Hugging Face's Trainer with what this library does differently, and its settings."""
 
+import errno
 import math
 import os
 import shutil
@@ -199,6 +200,11 @@ class DeltaTrainer(Trainer):
             staged = stage / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             wait_for_all()  # every process has a file in it
             on_main(lambda: publish(staged, stage.parent, self.keep_checkpoints))
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            # torch's writer of zip files says where it broke off, and not that the disk is full.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(stage)) from error
         finally:
             self.staging = False
             if is_main():
@@ -318,8 +324,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     sharded = recipe.parallel == "fsdp2"
     if sharded and not can_shard(devices):
         raise UserError(
-            "parallel: fsdp2 needs several processes with a GPU each: start them by torchrun, or "
-            "set parallel to ddp"
+            "parallel: fsdp2 needs several processes, which torchrun starts, and a GPU for each: "
+            "else set parallel to ddp"
         )
     per_device = recipe.micro_batch_size or recipe.batch_size // devices
     passes, rest = divmod(recipe.batch_size, per_device * devices) if per_device else (0, 1)

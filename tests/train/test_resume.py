@@ -119,14 +119,17 @@ def test_a_broken_checkpoint_is_put_aside_for_the_one_before(
     same_run(folder, whole)
 
 
+@pytest.mark.parametrize("told_by", ["system", "torch"])
 def test_a_full_disk_while_saving_leaves_the_checkpoint_before(
-    micro_data, tmp_path, monkeypatch, whole
+    micro_data, tmp_path, monkeypatch, whole, told_by
 ):
     save = torch.save
 
     def full(value, path, *rest):
         if "checkpoint-4" in str(path):
             pathlib.Path(path).write_bytes(b"half of it")
+            if told_by == "torch":  # whose error names no disk
+                save(value, "/dev/full")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(value, path, *rest)
 
