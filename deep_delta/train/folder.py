@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer
 
 from deep_delta.accounting import flops_per_token
 from deep_delta.data import Manifest, TokenShards
-from deep_delta.data.files import publish_folder, write_atomically, write_json_atomically
+from deep_delta.data.files import publish_folder, write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.report.provenance import commit, hardware, versions
@@ -225,7 +225,7 @@ def save_weight_decay(trainer: DeltaTrainer, model: PreTrainedModel, path: Path)
         ratio = model.config.width_ratio
         factors = {"learning_rate": 1 / ratio, "weight_decay": ratio}
         listing["width_scaled"] = {**factors, "tensors": scaled}
-    write_atomically(path, (json.dumps(listing, indent=1) + "\n").encode())
+    write_json_atomically(path, listing)
 
 
 def save_divergence(event: NotFinite, shards: TokenShards, seq_len: int, folder: Path) -> str:

@@ -60,32 +60,33 @@ def on_main(action: Callable[[], T]) -> T:
     """Run the action in the main process; its result, or its UserError or OSError, in all."""
     if processes() == 1:
         return action()
-    told: list[Any] = [None, None]
-    if is_main():
-        try:
-            told[0] = action()
-        except (UserError, OSError) as error:
-            told[1] = error
+    told: list[Any] = _tried(action) if is_main() else [None, None]
     dist.broadcast_object_list(told, src=0, group=_hosts(LONG_PATIENCE))
     result, failure = told
-    if failure is not None:
-        failure.in_all = True  # one process need say it
-        raise failure
+    _raise_in_all(failure)
     return result
 
 
 def on_each(action: Callable[[], T]) -> T:
     """Run the action in every process; its own result, or in all the first UserError or OSError."""
-    failure: Any = None
-    try:
-        result = action()
-    except (UserError, OSError) as error:
-        failure = error
-    for other in everyones(failure):
-        if other is not None:
-            other.in_all = True  # one process need say it
-            raise other
+    result, failure = _tried(action)
+    for one in everyones(failure):
+        _raise_in_all(one)
     return result
+
+
+def _tried(action: Callable[[], Any]) -> list[Any]:
+    """The action's result and None, or None and the UserError or OSError it raised."""
+    try:
+        return [action(), None]
+    except (UserError, OSError) as error:
+        return [None, error]
+
+
+def _raise_in_all(failure: Any) -> None:
+    if failure is not None:
+        failure.in_all = True  # one process need say it
+        raise failure
 
 
 def everyones(value: T) -> list[T]:

@@ -210,14 +210,18 @@ def _data_folder(recipe: Recipe) -> Path:
     return Path(recipe.data)
 
 
+def _opened(folder: Path) -> list[TokenShards]:
+    """Both splits, of whose shards every process reads its part: large data takes minutes."""
+    splits = [TokenShards.open(folder, split, verify=False) for split in ("train", "val")]
+    for shards in splits:
+        shards.verify(rank(), processes())
+    return splits
+
+
 def _datasets(
     recipe: Recipe, folder: Path, config: DeepDeltaConfig
 ) -> tuple[NumberedSequences, Subset, Manifest]:
-    train_shards, val_shards = on_each(
-        lambda: [TokenShards.open(folder, split, verify=False) for split in ("train", "val")]
-    )
-    on_each(lambda: train_shards.verify(rank(), processes()))  # a large one's take minutes
-    on_each(lambda: val_shards.verify(rank(), processes()))
+    train_shards, val_shards = on_each(lambda: _opened(folder))
     check_tokenizer(train_shards.manifest, config.vocab_size)
     config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
     mask = recipe.mask_documents

@@ -174,10 +174,10 @@ class DeltaTrainer(Trainer):
             return
         own_bad = [step for step, _, loss in passes if not math.isfinite(loss.item())]
         bad = [step for steps in everyones(own_bad) for step in steps]
-        what, value, step = "loss", logs["loss"], min(bad, default=self.state.global_step + 1)
-        for at, norm in ((at, float(norm)) for at, norm in norms):
-            if at < step and not math.isfinite(norm):  # it spoilt the weights, and they the loss
-                what, value, step = "gradient norm", norm, at
+        what, value, step = "loss", logs["loss"], min(bad, default=self.state.global_step)
+        steep = next(((at, norm) for at, norm in norms if not math.isfinite(norm)), None)
+        if steep and (not bad or steep[0] < step):  # it spoilt the weights, and they the loss
+            what, value, step = "gradient norm", float(steep[1]), steep[0]
         own = [number for at, numbers, _ in passes if at == step for number in numbers.tolist()]
         sequences = [number for numbers in everyones(own) for number in numbers]
         raise NotFinite(what, value, step, sequences)

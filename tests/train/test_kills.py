@@ -1,6 +1,8 @@
-"""A run that is killed again and again ends as if nothing had happened."""
+"""A run that is killed, or loses its power, ends as if nothing had happened."""
 
 import multiprocessing
+import os
+import pathlib
 import random
 import time
 
@@ -50,3 +52,31 @@ def test_twenty_kills_lose_nothing(micro_data, tmp_path):
         assert losses(recipe.run_folder) == losses(whole.run_folder)
         equal_weights(recipe.run_folder, whole.run_folder)
         finished += 1
+
+
+def test_what_a_checkpoint_needs_is_on_the_disk_before_it_is_there(
+    micro_data, tmp_path, monkeypatch
+):
+    """All its files and the rows before it, then the rename, then the folder it is in."""
+    events, fsync, rename = [], os.fsync, pathlib.Path.rename
+
+    def recorded_fsync(descriptor):
+        events.append(pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        return fsync(descriptor)
+
+    def recorded_rename(self, target):
+        events.append(("rename", self.name, pathlib.Path(target).name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(pathlib.Path, "rename", recorded_rename)
+    recipe = micro_recipe(micro_data, tmp_path, save_every=6)
+    train(recipe)
+    folder = recipe.run_folder
+    for staged, name in ((folder / "unfinished" / "checkpoint-6", "checkpoint-6"),
+                         (folder / "final.tmp", "final")):  # fmt: skip
+        renamed = events.index(("rename", staged.name, name))
+        before = set(events[:renamed])
+        assert {staged / path.name for path in (folder / name).iterdir()} <= before
+        assert {staged, folder / "metrics.jsonl"} <= before
+        assert events[renamed + 1] == folder

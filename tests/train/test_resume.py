@@ -359,34 +359,6 @@ def test_a_folder_is_trained_in_by_one_at_a_time(micro_data, tmp_path):
     train(recipe)
 
 
-def test_what_a_checkpoint_needs_is_on_the_disk_before_it_is_there(
-    micro_data, tmp_path, monkeypatch
-):
-    """All its files and the rows before it, then the rename, then the folder it is in."""
-    events, fsync, rename = [], os.fsync, pathlib.Path.rename
-
-    def recorded_fsync(descriptor):
-        events.append(pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-        return fsync(descriptor)
-
-    def recorded_rename(self, target):
-        events.append(("rename", self.name, pathlib.Path(target).name))
-        return rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(pathlib.Path, "rename", recorded_rename)
-    recipe = micro_recipe(micro_data, tmp_path, save_every=6)
-    train(recipe)
-    folder = recipe.run_folder
-    for staged, name in ((folder / "unfinished" / "checkpoint-6", "checkpoint-6"),
-                         (folder / "final.tmp", "final")):  # fmt: skip
-        renamed = events.index(("rename", staged.name, name))
-        before = set(events[:renamed])
-        assert {staged / path.name for path in (folder / name).iterdir()} <= before
-        assert {staged, folder / "metrics.jsonl"} <= before
-        assert events[renamed + 1] == folder
-
-
 def test_resume_never_starts_over_and_keeps_the_earlier_run(micro_data, tmp_path, whole):
     recipe = micro_recipe(micro_data, tmp_path, save_every=2)
     train(recipe)
