@@ -72,8 +72,17 @@ def build_value(config: DeepDeltaConfig) -> nn.Module:
     if config.value_activation == "constant":
         return ConstantValue(config.value_channels, float(config.value_constant))
     scale = float(config.value_scale) if config.value_activation == "sigmoid" else None
+    # The published initialisation skips vectors: the bias keeps nn.Linear's U(±1/√d), which is
+    # 1/√(base width) at every width under µP, where logits keep their size.
+    published = config.residual_init == "published"
+    bias_range = math.sqrt(config.width_ratio / config.hidden_size) if published else 0.0
     return LinearValue(
-        config.hidden_size, config.value_channels, config.value_bias, scale, rows_std(config)
+        config.hidden_size,
+        config.value_channels,
+        config.value_bias,
+        scale,
+        rows_std(config),
+        bias_range,
     )
 
 

@@ -49,7 +49,7 @@ class DeepDeltaConfig(PreTrainedConfig):
         qk_norm: normalise queries and keys "before_rope" (Qwen3's order) or "after_rope" (the
             published code's).
         residual_init: "neutral" (compressors start as an average) or "published" (they start
-            like every other matrix).
+            like every other matrix, the value's bias as U(±1/√d)).
         hidden_init_std_factor: matrices start as N(0, factor/√d), the two projections that write
             into the residual stream smaller by √layers; embeddings as N(0, initializer_range).
         logit_multiplier: factor on the logits.

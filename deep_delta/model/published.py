@@ -2,6 +2,7 @@
 
 The published code folds into ours exactly: its channel compressor (a kernel over the channels
 and a read vector) is one matrix here, its key-rms-after-RoPE attention is `qk_norm="after_rope"`.
+Exactly as a function, that is: two factors learn otherwise than their product.
 Facts about it are in the paper's appendix A and its repository; the code below is our own.
 """
 

@@ -129,6 +129,11 @@ def normal(shape: torch.Size, std: float, generator: torch.Generator | None) -> 
     return torch.randn(shape, generator=generator, device="cpu") * std
 
 
+def uniform(shape: torch.Size, bound: float, generator: torch.Generator | None) -> Tensor:
+    """A CPU tensor of entries that are uniform between −bound and bound."""
+    return (2 * torch.rand(shape, generator=generator, device="cpu") - 1) * bound
+
+
 def distinct_around(mean: float, size: int, generator: torch.Generator | None) -> Tensor:
     """A vector (size,) with the given mean and distinct entries, spread by half the mean.
 

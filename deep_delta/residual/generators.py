@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from deep_delta.ops import linear
-from deep_delta.residual.contract import ResidualModule, distinct_around, gate_bias, normal, start_
+from deep_delta.residual.contract import (
+    ResidualModule,
+    distinct_around,
+    gate_bias,
+    normal,
+    start_,
+    uniform,
+)
 
 Rows = tuple[Tensor | None, Tensor | None]  # (m, d) and what is added to the products, (m,)
 NO_ROWS: Rows = (None, None)
@@ -132,7 +139,7 @@ class FixedGate(nn.Module):
 class LinearValue(ResidualModule):
     """v = W x + b, or scale·σ(W x + b) with a `scale` (the published code's target).
 
-    x (B, T, d) -> v (B, T, d_v), at least fp32.
+    x (B, T, d) -> v (B, T, d_v), at least fp32. W starts as N(0, std), b uniform in ±bias_range.
     """
 
     reads_width = ("weight",)
@@ -144,9 +151,10 @@ class LinearValue(ResidualModule):
         bias: bool = False,
         scale: float | None = None,
         std: float = 0.02,
+        bias_range: float = 0.0,
     ):
         super().__init__()
-        self.scale, self.std = scale, std
+        self.scale, self.std, self.bias_range = scale, std, bias_range
         self.weight = nn.Parameter(torch.empty(value_channels, width))
         self.bias = nn.Parameter(torch.empty(value_channels)) if bias else None
         self.reset_parameters()
@@ -154,7 +162,7 @@ class LinearValue(ResidualModule):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         start_(self.weight, normal(self.weight.shape, self.std, generator))
         if self.bias is not None:
-            start_(self.bias, torch.tensor(0.0, device="cpu"))
+            start_(self.bias, uniform(self.bias.shape, self.bias_range, generator))
 
     @property
     def logit_weight(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from helpers import CASES, EXPANDED, VARIANTS, close, normal, tiny_config, tiny_model, token_ids
 
 from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM, DeepDeltaModel
+from deep_delta.model.build import build_value
 from deep_delta.residual import (
     AdditiveResidual,
     ChannelCompressor,
@@ -160,7 +161,10 @@ def test_channels_do_not_stay_equal_in_training(case):
 
 @pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc", "additive-expanded", "ddl-scalar"])
 def test_published_parameterisation_starts_like_the_published_code(variant):
-    """Every matrix N(0, 0.5/√d), compressors, gates and values included; EC stays the identity."""
+    """Every matrix N(0, 0.5/√d), compressors, gates and values included; EC stays the identity.
+
+    Vectors keep nn.Linear's start: a value's bias is uniform in ±1/√d.
+    """
     torch.manual_seed(0)
     config = DeepDeltaConfig.from_preset(
         variant, "tiny", parameterization="published", hidden_size=256, vocab_size=61
@@ -175,14 +179,32 @@ def test_published_parameterisation_starts_like_the_published_code(variant):
         # c_ij = Σ_m k_i,j−m+1 / 4 sums the entries of the kernel that "same" padding leaves.
         terms = torch.tensor([2, 3, 4, 3])
         close(module.weight.std(0), std * terms.sqrt() / 4, atol=0, rtol=0.15)
+    biases: list[torch.Tensor] = []
     for residual in of_type(model, DeltaResidual):
         assert residual.value_source == "state"
         assert residual.value.scale == 4.0
-        assert (residual.value.bias == 0).all()
+        biases.append(residual.value.bias)
         assert residual.value.weight.std().item() == pytest.approx(std, rel=0.15)
         assert residual.gate.bias.item() == 0
+    if biases:
+        bias = torch.cat(biases)
+        assert bias.unique().numel() == bias.numel()  # every sublayer draws its own
+        assert bias.abs().max().item() <= 1 / 16
     for module in of_type(model, EmbeddingConv):
         assert (module.weight[..., -1] == 1).all()
+
+
+@pytest.mark.parametrize(("width", "base"), [(64, None), (256, None), (256, 64)])
+def test_published_value_bias_is_uniform(width, base):
+    """In ±1/√d, as nn.Linear leaves it; under µP in ±1/√(base width) at every width."""
+    fields = {"residual_init": "published", "value_bias": True, "value_channels": 500}
+    config = tiny_config("ddl-cc", hidden_size=width, mup_base_width=base, **fields)
+    bias = build_value(config).bias.detach()
+    bound = 1 / math.sqrt(base or width)
+    assert -bound <= bias.min().item() < -0.95 * bound
+    assert 0.95 * bound < bias.max().item() <= bound
+    assert bias.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert (build_value(tiny_config("ddl-cc", value_bias=True)).bias == 0).all()
 
 
 def test_matrices_start_by_their_place():
