@@ -1,6 +1,7 @@
 """What comes with a call of the model beside tokens: keywords, masks, positions, documents."""
 
 import difflib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,17 @@ def for_attention(keywords: dict[str, Any]) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"the model does not know the keyword {name!r}{hint}")
     return {name: value for name, value in keywords.items() if name in FOR_ATTENTION}
+
+
+def hidden_states_asked(
+    config: DeepDeltaConfig, asked: bool | Collection[int] | None
+) -> Collection[int]:
+    """The numbers of the hidden states to return, 0 to num_hidden_layers: all, some or none."""
+    if asked is None:
+        asked = bool(config.output_hidden_states)
+    if isinstance(asked, bool):
+        return range(config.num_hidden_layers + 1) if asked else ()
+    return asked
 
 
 def one_of(past_key_values: Any, cache: Any) -> Any:
@@ -110,44 +122,23 @@ def what_is_seen(
     Raises:
         ValueError: a mask that convolutions over tokens cannot follow.
     """
-    batch, length = embeddings.shape[:2]
-    convolves = config.convolves
-    begins = None
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] == length:
-        begins = starts_from_allowed(allowed(mask))
-    elif mask is None and cache is None:
-        begins = documents_start(keywords, batch, length)
-    tokens = segments = None
-    if isinstance(mask, dict):
-        tokens = mask.get("linear_attention")
-    elif mask is None:
-        if positions is None and begins is not None:
-            positions = positions_from_starts(begins)
-        if positions is not None and cache is None:
-            segments = find_packed_sequence_indices(positions)
-    elif not isinstance(mask, Tensor):
-        if convolves:
-            raise ValueError(
-                f"a mask of type {type(mask).__name__} does not say what the convolutions over "
-                "tokens may see: give attention_mask (B, T)"
-            )
-    elif mask.ndim == 2:
-        tokens = token_mask(mask, length) if convolves else None
-    elif convolves:
-        segments, tokens = read_documents(mask)
-        if segments is not None and cache is not None:
-            raise ValueError("a mask with several documents cannot be continued by a cache")
+    length = embeddings.shape[1]
+    nothing = mask is None and cache is None
+    if nothing and positions is None:
+        positions = positions_from_keywords(keywords, embeddings)
+    tokens, segments = what_convolutions_see(mask, length) if config.convolves else (None, None)
+    if nothing and positions is not None:
+        segments = find_packed_sequence_indices(positions)
+    elif segments is not None and cache is not None:
+        raise ValueError("a mask with several documents cannot be continued by a cache")
     masks = attention_masks(config, embeddings, mask, positions, cache)
-    if positions is None and isinstance(mask, Tensor) and mask.ndim == 2:
+    if positions is None:
         positions = positions_from_mask(mask, length)
-    elif positions is None and begins is not None:
-        positions = positions_from_starts(begins)
-    elif positions is None:
+    if positions is None:
         before = 0 if cache is None else cache.get_seq_length()
         positions = (torch.arange(length, device=embeddings.device) + before).unsqueeze(0)
     # While a graph is traced, nobody knows whether positions restart.
-    may_be_continued = segments is None or is_traced()
-    return Seen(masks, positions, tokens, segments, may_be_continued)
+    return Seen(masks, positions, tokens, segments, segments is None or is_traced())
 
 
 def attention_masks(
@@ -171,18 +162,28 @@ def attention_masks(
     )
 
 
-def documents_start(keywords: dict[str, Any], batch: int, tokens: int) -> Tensor | None:
-    """(B, T) bool, true where a packed document begins, from what collators send beside tokens.
-
-    None where they send nothing, or lengths of another batch than one flat row.
-    """
+def positions_from_keywords(keywords: dict[str, Any], embeddings: Tensor) -> Tensor | None:
+    """Positions (B, T) of packed documents, from what collators send beside tokens; or None."""
+    batch, length = embeddings.shape[:2]
     if (numbers := keywords.get("seq_idx")) is not None:
-        return torch.diff(numbers, prepend=numbers[:, :1] - 1, dim=-1) != 0
+        return positions_from_starts(torch.diff(numbers, prepend=numbers[:, :1] - 1) != 0)
     ends = keywords.get("cu_seq_lens_q")
-    if batch != 1 or not isinstance(ends, Tensor):
+    if batch != 1 or not isinstance(ends, Tensor):  # lengths are those of one flat row
         return None
-    starts = torch.zeros(tokens + 1, dtype=torch.bool, device=ends.device)
-    return starts.index_fill(0, ends.long(), True)[:tokens].unsqueeze(0)
+    starts = torch.zeros(length + 1, dtype=torch.bool, device=ends.device)
+    return positions_from_starts(starts.index_fill(0, ends.long(), True)[:length].unsqueeze(0))
+
+
+def positions_from_mask(mask: Any, length: int) -> Tensor | None:
+    """Positions (B, T) of the last T tokens: padding is not counted, each document from 0.
+
+    None for a mask that does not say.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+    return positions_from_starts(document_starts(mask)) if mask.shape[-1] == length else None
 
 
 def positions_from_starts(starts: Tensor) -> Tensor:
@@ -191,9 +192,22 @@ def positions_from_starts(starts: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(-1).values
 
 
-def positions_from_mask(mask: Tensor, tokens: int) -> Tensor:
-    """Positions (B, T) of the last T tokens of a mask (B, S): padding is not counted."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
+def what_convolutions_see(mask: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """A token mask, 0 for padding, and document numbers, (B, T) each, None where there is one kind.
+
+    Raises:
+        ValueError: a mask that convolutions cannot follow.
+    """
+    if mask is None:
+        return None, None
+    if isinstance(mask, dict):
+        return mask.get("linear_attention"), None
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"a mask of type {type(mask).__name__} does not say what the convolutions over tokens "
+            "may see: give attention_mask (B, T)"
+        )
+    return (token_mask(mask, length), None) if mask.ndim == 2 else read_documents(mask)
 
 
 def is_traced() -> bool:
@@ -215,39 +229,37 @@ def allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def starts_from_allowed(may_look: Tensor) -> Tensor:
-    """(B, T): the tokens that may not look at the one before them, may_look (B, heads, T, T)."""
-    before = may_look[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
+def document_starts(mask: Tensor) -> Tensor:
+    """(B, T): the tokens that may not look at the one before them, mask (B, heads, T, T)."""
+    before = allowed(mask)[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
     return F.pad(~before, (1, 0), value=True)
 
 
 def read_documents(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Documents and padding that a mask (B, heads, T, S) stands for: (segments, token mask).
+    """The padding and the documents that a mask (B, heads, T, S) stands for.
 
-    segments (B, T) number the documents along T, None for one; the token mask (B, T) is 0 for
-    padding, None where there is none.
+    Returns:
+        A token mask (B, T), 0 for padding, None where there is none; and document numbers (B, T),
+        None where there is one document.
 
     Raises:
-        ValueError: the mask is not causal attention within documents, which convolutions over
-            tokens can follow.
+        ValueError: the mask is not causal attention within documents.
     """
     may_look = allowed(mask)
-    tokens, seen = may_look.shape[-2:]
-    earlier = may_look[..., : seen - tokens]
-    own = may_look[..., seen - tokens :]
-    starts = starts_from_allowed(own)
-    segments = starts.long().cumsum(-1)
+    before = mask.shape[-1] - mask.shape[-2]
+    own = may_look[..., before:]
+    segments = document_starts(mask[..., before:]).long().cumsum(-1)
     real = own[:, 0].diagonal(dim1=-2, dim2=-1)
     same = segments.unsqueeze(-1) == segments.unsqueeze(-2)
     expected = (same & real.unsqueeze(-2)).tril().unsqueeze(1)
     agrees = ((own == expected) | ~real[:, None, :, None]).all()
-    if seen > tokens:  # what the cache keeps of earlier tokens is one document with these
-        agrees = agrees & earlier.all() & own.tril().eq(own).all() & (segments == 1).all()
+    one = bool((segments == 1).all())
+    if before:  # what a cache keeps of earlier tokens must be one document with these
+        agrees = agrees & may_look[..., :before].all() & one
     if not bool(agrees):
         raise ValueError(
             "a mask of four dimensions must be causal attention within documents, because the "
             "convolutions over tokens must see the same: give attention_mask (B, T), or "
             "position_ids that restart at every document and use_cache=False"
         )
-    one = bool((segments == 1).all())
-    return None if one else segments, None if bool(real.all()) else real
+    return None if bool(real.all()) else real, None if one else segments

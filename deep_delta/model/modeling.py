@@ -6,7 +6,7 @@ works; the residual is whatever the configuration says, and nothing here asks wh
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | Collection[int] | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -173,6 +173,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         5.24. Positions count what is not padding, from the mask where there are no position_ids.
         Packed documents are found from position_ids that restart, where no mask and no cache is
         given, and from a mask (B, 1, T, T): neither attention nor convolutions cross them.
+        `output_hidden_states` is a bool or the numbers of those asked for, with None for the rest.
 
         Raises:
             TypeError: a keyword that nobody is known to send.
@@ -183,8 +184,7 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        asked = inputs.hidden_states_asked(self.config, output_hidden_states)
         attention = inputs.for_attention(kwargs)
         cache = inputs.one_of(past_key_values, cache)
         if self.gradient_checkpointing and self.training:
@@ -201,11 +201,12 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         attention |= inputs.cache_keyword(cache)
 
         state = self.expand(inputs_embeds, window)
-        hidden_states = []
-        for layer in self.layers:
-            if output_hidden_states:
+        hidden_states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            hidden = None
+            if index in asked:
                 hidden, state = state.shown(self.config.backend)
-                hidden_states.append(hidden)
+            hidden_states.append(hidden)
             if self.gradient_checkpointing and self.training:
                 # A block that runs again must find its input.
                 state = state.stored(self.config.backend)
@@ -220,9 +221,10 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
                 )
             )
         hidden = self.norm(self.readout(state, window))
+        hidden_states.append(hidden if len(self.layers) in asked else None)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+            hidden_states=tuple(hidden_states) if asked else None,
             **output_keyword(cache if use_cache else None),
         )
 

@@ -15,7 +15,7 @@ VARIANTS = ("additive", "ddl-scalar", "ddl-cc", "ddl-tc")
 
 
 def halves(variant: str, rebuild: int | str = "speed"):
-    """The model on the first GPU, and the same with layers 3 and 4 and the readout on the second."""
+    """The model on the first GPU, and the same with its second half on the second."""
     model = shaken(tiny_model(variant, num_hidden_layers=4, rebuild=rebuild), 0.1)
     places = {"model.embed_tokens": 0, "model.expand": 0, "model.rotary_emb": 0, "lm_head": 0}
     places |= {f"model.layers.{layer}": int(layer > 1) for layer in range(4)}
