@@ -252,7 +252,7 @@ def read_documents(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
     real = own[:, 0].diagonal(dim1=-2, dim2=-1)
     same = segments.unsqueeze(-1) == segments.unsqueeze(-2)
     expected = (same & real.unsqueeze(-2)).tril().unsqueeze(1)
-    agrees = ((own == expected) | ~real[:, None, :, None]).all()
+    agrees = ((own == expected) | ~real[:, None, :, None]).all() & real.any(-1).all()
     one = bool((segments == 1).all())
     if before:  # what a cache keeps of earlier tokens must be one document with these
         agrees = agrees & may_look[..., :before].all() & one
