@@ -1,8 +1,11 @@
 """Padding, packing and caches change what is computed, never the result."""
 
+import copy
+import itertools
+
 import pytest
 import torch
-from helpers import VARIANTS, close, shaken, tiny_model, token_ids
+from helpers import VARIANTS, close, one_line_error, shaken, tiny_model, token_ids
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -133,3 +136,96 @@ def test_beam_search_reorders_every_history(case):
     assert torch.equal(
         model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
     )
+
+
+@every_case
+@torch.no_grad()
+def test_prompts_shorter_than_a_kernel_in_any_chunks(case):
+    """Prompts of 1, 2 and 3 tokens, and every way of cutting five more."""
+    ids = token_ids(1, 6)
+    model, full = model_and_logits(case, ids)
+    for prompt, chunks in itertools.product((1, 2, 3), ([1] * 3, [2, 1], [3])):
+        cache = DynamicCache(config=model.config)
+        parts = ids[:, : prompt + 3].split([prompt, *chunks], dim=1)
+        logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+        close(logits, full[:, : prompt + 3], atol=FP32)
+
+
+@every_case
+@torch.no_grad()
+def test_copied_cache_goes_on_twice_with_the_same_result(case):
+    ids = token_ids(2, 8)
+    model, full = model_and_logits(case, ids)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+    for each in (copy.deepcopy(cache), copy.deepcopy(cache), cache):
+        close(model(ids[:, 5:], past_key_values=each).logits, full[:, 5:], atol=FP32)
+
+
+@every_case
+@torch.no_grad()
+def test_cache_made_without_a_configuration(case):
+    ids = token_ids(2, 7)
+    model, full = model_and_logits(case, ids)
+    cache = DynamicCache()
+    parts = [model(part, past_key_values=cache).logits for part in ids.split(3, dim=1)]
+    close(torch.cat(parts, 1), full, atol=FP32)
+
+
+@every_case
+@torch.no_grad()
+def test_sequences_of_a_cache_are_repeated_and_selected(case):
+    ids = token_ids(3, 8)
+    model, full = model_and_logits(case, ids)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    rows = [2, 2, 0, 0]
+    close(model(ids[rows, 5:], past_key_values=cache).logits, full[rows, 5:], atol=FP32)
+
+
+@every_case
+@torch.no_grad()
+def test_cache_that_records_is_cropped(case):
+    """What speculative decoding does: write several tokens, take some back, go on."""
+    ids = token_ids(1, 9)
+    model, full = model_and_logits(case, ids)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :4], past_key_values=cache)
+    cache.crop(0)
+    wrong = (ids[:, 4:7] + 1) % 61
+    model(wrong, past_key_values=cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 4
+    close(model(ids[:, 4:], past_key_values=cache).logits, full[:, 4:], atol=FP32)
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+@torch.no_grad()
+def test_speculative_decoding_says_the_same(case):
+    """By prompt lookup, and with an assistant: a model's own kind, another, and itself as one."""
+    model = shaken(tiny_model(case), 0.1)
+    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    assistants = [shaken(tiny_model(case), 0.12), shaken(tiny_model("additive"), 0.1)]
+    for length in (1, 3, 8):
+        ids = token_ids(1, length)
+        expected = model.generate(ids, use_cache=False, **options)
+        looked_up = model.generate(ids, prompt_lookup_num_tokens=3, **options)
+        assert torch.equal(looked_up, expected)
+        for assistant in assistants:
+            said = model.generate(ids, assistant_model=assistant, **options)
+            assert torch.equal(said, expected)
+
+
+def test_cache_that_keeps_no_history_is_refused():
+    model = tiny_model("ddl-cc")
+    cache = DynamicCache()
+    tiny_model("additive")(token_ids(1, 3), past_key_values=cache)
+    one_line_error(lambda: model(token_ids(1, 3), past_key_values=cache), "DynamicLayer", "config=")
+
+
+@pytest.mark.parametrize("case", ["ddl-cc", "ddl-tc", "additive-ec"])
+def test_continuous_batching_is_refused_where_there_are_convolutions(case):
+    one_line_error(lambda: tiny_model(case).generate_batch([[1, 2, 3]]), "convolutions", "generate")
