@@ -165,12 +165,15 @@ class DeepDeltaConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """The configuration that `to_dict` or a config.json describes; it must be complete.
 
+        kwargs: fields to set in place of its own, which are checked like them; and transformers'.
+
         Raises:
-            ValueError: a field that is missing or misspelt; one line.
+            ValueError: a field that is missing or misspelt, a combination without a meaning.
         """
         check_complete(config_dict, _own_fields())
         _refuse_near_misses(kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        changes = {field: kwargs.pop(field) for field in _own_fields() if field in kwargs}
+        return super().from_dict({**config_dict, **changes}, **kwargs)
 
     @classmethod
     def from_json_file(cls, json_file: str | PathLike) -> "DeepDeltaConfig":

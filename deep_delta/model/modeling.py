@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3MLP,
@@ -35,6 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from deep_delta.model.build import build_expand, build_readout, build_residual, matrix_std
 from deep_delta.model.configuration import DeepDeltaConfig
+from deep_delta.model.loading import CompleteLoading
 from deep_delta.model.loss import LinearCrossEntropy, linear_cross_entropy
 from deep_delta.residual import ResidualModule, RMSNorm, State, TokenWindow
 
@@ -95,7 +96,7 @@ class DeepDeltaBlock(GradientCheckpointingLayer):
         return self.mlp_residual(new, self.mlp, window)
 
 
-class DeepDeltaPreTrainedModel(PreTrainedModel):
+class DeepDeltaPreTrainedModel(CompleteLoading):
     config: DeepDeltaConfig
     config_class = DeepDeltaConfig
     base_model_prefix = "model"
