@@ -1,9 +1,14 @@
 """The configuration of a Deep Delta language model, in Hugging Face conventions."""
 
+import dataclasses
 import difflib
+import functools
+import json
 import warnings
 from collections.abc import Iterable
-from typing import Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -11,8 +16,10 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
+from deep_delta.model.config_keys import VERSION_KEY, check_complete, near_miss
 from deep_delta.model.presets import preset_fields
 from deep_delta.ops import resolve_backend
+from deep_delta.version import __version__
 
 
 @strict
@@ -22,6 +29,10 @@ class DeepDeltaConfig(PreTrainedConfig):
     The fields down to `rms_norm_eps` are transformers' own; the rest say what replaces x + F(x).
     The defaults are DDL-CC at the size "small". `from_preset` names the combinations that the
     paper and its controls use.
+
+    Keys that are no fields are kept as attributes, saved and ignored, as in every configuration of
+    transformers; but a near miss of a field is an error wherever it is set. A saved configuration
+    names the version that wrote it and has every field, so that no default is silently taken.
 
     Args:
         residual: "delta" rewrites (eq. 2.2), "additive" adds.
@@ -64,7 +75,7 @@ class DeepDeltaConfig(PreTrainedConfig):
             one more kernel to compile); see `states_rebuilt`.
 
     Raises:
-        ValueError: an unknown field, or a combination that has no meaning; one line each.
+        ValueError: a misspelt field, or a combination that has no meaning; one line each.
         StrictDataclassError: a value of the wrong type.
     """
 
@@ -121,6 +132,8 @@ class DeepDeltaConfig(PreTrainedConfig):
     backend: str = "auto"
     rebuild: int | Literal["speed", "memory"] = "speed"
 
+    deep_delta_version: str | None = None  # that wrote the file this was read from
+
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 8 * self.hidden_size // 3
@@ -129,13 +142,51 @@ class DeepDeltaConfig(PreTrainedConfig):
         kept = [self.histories(layer) for layer in range(self.num_hidden_layers)]
         self.layer_types = ["hybrid" if slots else "full_attention" for slots in kept]
         kwargs.pop("sliding_window", None)
-        _reject_unknown(kwargs)
+        # Tools that find the class outside transformers look for code beside the weights here.
+        kwargs.setdefault("auto_map", {})
         super().__post_init__(**kwargs)
         _check_state(self)
         _check_delta(self)
 
     # What transformers' attention, caches and masks look up and this family does not have.
     sliding_window = None
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        _refuse_near_misses([key])
+        super().__setattr__(key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The configuration that `to_dict` or a config.json describes; it must be complete.
+
+        kwargs: fields to set in place of its own, which are checked like them; and transformers'.
+
+        Raises:
+            ValueError: a field that is missing or misspelt, a combination without a meaning.
+        """
+        check_complete(config_dict, _own_fields())
+        _refuse_near_misses(kwargs)
+        changes = {field: kwargs.pop(field) for field in _own_fields() if field in kwargs}
+        return super().from_dict({**config_dict, **changes}, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | PathLike) -> "DeepDeltaConfig":
+        """`from_dict` of a file."""
+        check_complete(json.loads(Path(json_file).read_text(encoding="utf-8")), _own_fields())
+        return super().from_json_file(json_file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and foreign key, and the version of deep_delta that wrote them."""
+        written = {**super().to_dict(), VERSION_KEY: __version__}
+        if not written["auto_map"]:
+            del written["auto_map"]
+        return written
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: of transformers' keys the changed ones, of ours all."""
+        written = self.to_dict()
+        kept = super().to_diff_dict()
+        return {**kept, **{field: written[field] for field in (*_own_fields(), VERSION_KEY)}}
 
     def histories(self, layer: int) -> tuple[int, ...]:
         """The slots of the histories that a layer keeps in a cache, for convolutions over tokens.
@@ -205,27 +256,44 @@ class DeepDeltaConfig(PreTrainedConfig):
         Raises:
             ValueError: an unknown variant, size, parameterization or field, with the nearest name.
         """
+        _refuse_unknown(overrides)
         try:
             return cls(**{**preset_fields(variant, size, parameterization), **overrides})
         except StrictDataclassError as error:  # two lines, of which the second says it
             raise ValueError(str(error).splitlines()[-1].partition(": ")[2]) from None
 
 
-# Keys that transformers itself adds to a saved config, beside its declared fields.
-_TRANSFORMERS_KEYS = {
-    "model_type", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation",
-    "output_attentions", "output_hidden_states", "num_labels", "rope_theta", "rope_scaling",
-    "auto_map", "quantization_config", "per_layer_config", "use_return_dict",
+# What every configuration of transformers takes beside its fields.
+_TRANSFORMERS_KEYWORDS = {
+    "attn_implementation", "num_labels", "output_attentions", "rope_scaling", "rope_theta",
+    "torch_dtype",
 }  # fmt: skip
 
 
-def _reject_unknown(extra: dict) -> None:
-    """A misspelt option must not silently become an attribute that nobody reads."""
-    known = set(DeepDeltaConfig.__dataclass_fields__)
-    for key in extra:
-        if key.startswith("_") or key in _TRANSFORMERS_KEYS or key in _generation_keys():
-            continue
-        raise ValueError(f"DeepDeltaConfig has no field {key!r}{_nearest(key, known)}")
+def _own_fields() -> tuple[str, ...]:
+    """The fields declared above, without those that every configuration has."""
+    return tuple(name for name in DeepDeltaConfig.__annotations__ if name != VERSION_KEY)
+
+
+def _refuse_unknown(keys: Iterable[str]) -> None:
+    """What a person types is no foreign key: every name must be a field's."""
+    fields = {field.name for field in dataclasses.fields(DeepDeltaConfig)} - {VERSION_KEY}
+    for key in keys:
+        if key not in fields | _TRANSFORMERS_KEYWORDS:
+            raise ValueError(f"DeepDeltaConfig has no field {key!r}{_nearest(key, fields)}")
+
+
+def _refuse_near_misses(keys: Iterable[str]) -> None:
+    """A misspelt field must not become an attribute that nobody reads."""
+    for key in keys:
+        meant = None if key.startswith("_") else _field_meant(key)
+        if meant:
+            raise ValueError(f"DeepDeltaConfig has no field {key!r}; did you mean {meant!r}?")
+
+
+@functools.lru_cache(maxsize=1024)
+def _field_meant(key: str) -> str | None:
+    return near_miss(key, _own_fields())
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3MLP,
@@ -32,6 +32,7 @@ from deep_delta.model import inputs
 from deep_delta.model.build import build_expand, build_readout, build_residual, matrix_std
 from deep_delta.model.cache import prepare_histories
 from deep_delta.model.configuration import DeepDeltaConfig
+from deep_delta.model.loading import CompleteLoading
 from deep_delta.model.loss import LinearCrossEntropy, linear_cross_entropy
 from deep_delta.model.versions import CACHE, output_keyword
 from deep_delta.residual import ResidualModule, RMSNorm, State, TokenWindow
@@ -93,7 +94,7 @@ class DeepDeltaBlock(GradientCheckpointingLayer):
         return self.mlp_residual(new, self.mlp, window, self.attn_residual.compressor)
 
 
-class DeepDeltaPreTrainedModel(PreTrainedModel):
+class DeepDeltaPreTrainedModel(CompleteLoading):
     config: DeepDeltaConfig
     config_class = DeepDeltaConfig
     base_model_prefix = "model"

@@ -16,29 +16,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from deep_delta.model.configuration import DeepDeltaConfig
 from deep_delta.model.modeling import DeepDeltaForCausalLM
+from deep_delta.model.published_options import (
+    check_options,
+    constant_value,
+    logit_multiplier,
+    value_fields,
+)
 from deep_delta.residual import fold_channel_kernel
 
 Weights = dict[str, Tensor]
-
-# Published options that change the function and that this library does not have, each with the
-# values that mean "off".
-_UNSUPPORTED: dict[str, tuple] = {
-    "use_k_shift": (False,),
-    "use_v_shift": (False,),
-    "using_groupnorm": (False,),
-    "use_output_gate": (False,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "rope_ratio": (1, 1.0),
-    "residual_branch_mult": (None, 1, 1.0),
-    "bias": (False,),
-    "use_qk_rmsnorm": (True,),
-    "q_activation": (None, "identity"),
-    "k_activation": (None, "identity"),
-    "v_activation": (None, "identity"),
-}
 
 _ATTENTION = {
     "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_proj": "o_proj", "o_proj": "o_proj",
@@ -76,18 +66,13 @@ def load_published(
 
     Raises:
         ValueError: files that are missing or unreadable, tensors of another architecture,
-            published options this library does not have, or tensors left over; one line each.
+            published options this library does not have or know, or tensors left over; one line
+            each.
     """
     weights, found = _read(path_or_state_dict)
     published = dict(config if config is not None else found or {})
     if not published:
         raise ValueError("a state dict needs the published configuration as well: config={...}")
-    for name, off in _UNSUPPORTED.items():
-        if name in published and published[name] not in off:
-            raise ValueError(
-                f"the published option {name}={published[name]!r} changes the model in a way that "
-                f"deep_delta does not implement"
-            )
     if "transformer.wte.weight" not in weights:
         raise ValueError(
             "these are not weights of the published code: no tensor transformer.wte.weight"
@@ -99,8 +84,12 @@ def load_published(
         raise ValueError(
             f"the published weights or their configuration are incomplete: {error!r}"
         ) from None
-    model = DeepDeltaForCausalLM(DeepDeltaConfig(**{**fields, **overrides}))
+    # Made in the weights' dtype, none of which passes through another; `.to` would round RoPE's
+    # frequencies as well.
     dtype = weights["transformer.wte.weight"].dtype
+    model = AutoModelForCausalLM.from_config(
+        DeepDeltaConfig(**{**fields, **overrides}), dtype=dtype
+    )
     try:
         model.load_state_dict(converted)
     except RuntimeError as error:
@@ -108,7 +97,6 @@ def load_published(
         raise ValueError(
             f"the published weights do not fit their configuration: {details}"
         ) from None
-    model.to(dtype=dtype)  # type: ignore[call-arg]  # a wrapper hides `self` from mypy
     return model.eval()
 
 
@@ -171,6 +159,7 @@ def _fields(weights: Weights, published: Mapping[str, Any]) -> dict[str, Any]:
     if not numbers or not all(number.isdigit() for number in numbers):
         raise ValueError("these are not weights of the published code: no blocks transformer.h.N")
     layers = 1 + max(map(int, numbers))
+    check_options(published, weights["transformer.wte.weight"].dtype, layers)
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": width,
@@ -189,24 +178,16 @@ def _fields(weights: Weights, published: Mapping[str, Any]) -> dict[str, Any]:
         "value_channels": 1,
         "compressor": None,
         "residual_init": "published",
-        "logit_multiplier": (
-            published.get("hidden_size_base", 1024) / width if published.get("mup") else 1.0
-        ),
+        "logit_multiplier": logit_multiplier(published, width),
     }  # fmt: skip
     if "transformer.h.0.ddl_attn.v_proj.weight" not in weights:
         return {**fields, "residual": "additive"}
 
-    constant = published.get("ddl_v_constant", published.get("ddl_v_dim1_constant", False))
-    activation = "sigmoid" if published.get("ddl_v_sigmoid", True) else "linear"
     inner = weights.get("transformer.h.0.ddl_attn.beta_in.weight")
     fields |= {
         "residual": "delta",
         "value_channels": weights["transformer.h.0.ddl_attn.v_proj.weight"].shape[0],
-        "value_activation": "constant" if constant else activation,
-        "value_source": "state",
-        "value_bias": True,
-        "value_scale": float(published.get("ddl_v_sigmoid_scale", 4.0)),
-        "value_constant": _constant(published),
+        **value_fields(published),
         "gate_hidden_size": None if inner is None else inner.shape[0],
         "gate_init": float(published.get("ddl_beta_init", 1.0)),
         "direction_eps": float(published.get("ddl_k_eps", 1e-5)),
@@ -221,12 +202,6 @@ def _fields(weights: Weights, published: Mapping[str, Any]) -> dict[str, Any]:
     if expansion is not None:
         fields |= {"embedding_conv": True, "embedding_kernel_size": expansion.shape[-1]}
     return fields
-
-
-def _constant(published: Mapping[str, Any]) -> float:
-    return float(
-        published.get("ddl_v_constant_value", published.get("ddl_v_dim1_constant_value", 2.0))
-    )
 
 
 def _compressor_kernel(weights: Weights, prefix: str) -> Tensor | None:
@@ -277,6 +252,10 @@ def _convert(weights: Weights, published: Mapping[str, Any], fields: Mapping[str
     """Published tensors under this library's names; ValueError for any that is left over."""
     causal = bool(published.get("ddl_state_dv_shortconv_causal", False))
     embeddings = weights["transformer.wte.weight"]
+    if not torch.equal(weights.get("lm_head.weight", embeddings), embeddings):
+        raise ValueError(
+            "lm_head.weight is not transformer.wte.weight: the published code ties them"
+        )
     out = {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}
     compressors, unknown = {}, []
     for name, tensor in weights.items():
@@ -307,8 +286,8 @@ def _convert(weights: Weights, published: Mapping[str, Any], fields: Mapping[str
     if fields.get("value_activation") == "constant":
         # The published code keeps its value projection beside the constant that replaces it.
         unused = [name for name in out if ".value." in name]
-        vector = torch.full((fields["value_channels"],), _constant(published))
+        vector = embeddings.new_full((fields["value_channels"],), constant_value(published))
         for name in unused:
             del out[name]
-            out[name.rpartition(".")[0] + ".vector"] = vector.to(embeddings.dtype)
+            out[name.rpartition(".")[0] + ".vector"] = vector
     return out

@@ -10,6 +10,8 @@ from helpers import PARITY, close, normal, one_line_error, token_ids
 from published_reference import over_channels, published_logits, random_published
 from safetensors.torch import load_file, safe_open, save_file
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from deep_delta import load_published
 from deep_delta.residual import fold_channel_kernel
@@ -202,11 +204,97 @@ def test_overrides_are_applied_on_top():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("use_k_shift", True), ("using_groupnorm", True), ("rope_ratio", 0.5), ("bias", True)],
-)
-def test_option_of_another_model_is_refused(option, value):
+    [
+        ("use_k_shift", True), ("using_groupnorm", True), ("rope_ratio", 0.5), ("bias", True),
+        ("ddl_sequence_reduction_version", 2), ("attention_dtype", "bfloat16"),
+        ("rms_norm_eps", 1e-6), ("parameterization", "muP"), ("tie_word_embeddings", False),
+        ("an_option_of_tomorrow", False), ("ddl_v_sigmoid_scal", 2.0), ("erase", False),
+    ],
+)  # fmt: skip
+def test_option_of_another_model_or_unknown_is_refused(option, value):
     weights, config = random_published("vdim1")
     one_line_error(lambda: load_published(weights, {**config, option: value}), option)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ddl_sequence_reduction_version": 1, "attention_dtype": "auto"},
+        {"attention_dtype": "float32", "residual_branch_mult": 1.0, "rope_base": 10000},
+        {"dropout": 0.0, "embedding_init_std": 0.02, "kv_cache_slot_size": 128},
+        PreTrainedConfig(architectures=["GPT"], dtype="float32").to_dict(),
+        {"_name_or_path": "x", "torch_dtype": "float32", "use_cache": True, "is_decoder": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_option_that_leaves_the_function_alone_is_taken(options):
+    weights, config = random_published("CC-EC")
+    ids = token_ids(1, 5, vocab_size=31)
+    with torch.no_grad():
+        expected = load_published(weights, config)(ids).logits
+        close(load_published(weights, {**config, **options})(ids).logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["widthmuP", "completeP", "spectralP"])
+def test_width_scaling_by_its_newer_name(name):
+    weights, config = random_published("vdim1")
+    config["hidden_size_base"] = 12
+    ids = token_ids(1, 5, vocab_size=31)
+    new = load_published(weights, {**config, "parameterization": name})(ids).logits
+    close(new, load_published(weights, {**config, "mup": True})(ids).logits, atol=0)
+    other_depth = {**config, "parameterization": name, "num_hidden_layers_base": 4}
+    if name == "widthmuP":
+        close(load_published(weights, other_depth)(ids).logits, new, atol=0)
+    else:  # it divides every update by the depth
+        one_line_error(lambda: load_published(weights, other_depth), "num_hidden_layers_base=4")
+
+
+def test_sigmoid_without_its_scale_is_two_models():
+    weights, config = random_published("vdim1")
+    del config["ddl_v_sigmoid_scale"]
+    one_line_error(lambda: load_published(weights, config), "ddl_v_sigmoid_scale", "1.0", "4.0")
+    load_published(weights, {**config, "ddl_v_sigmoid": False})
+
+
+def test_head_of_its_own_is_refused():
+    weights, config = random_published("vdim1")
+    table = weights["transformer.wte.weight"]
+    load_published({**weights, "lm_head.weight": table.clone()}, config)
+    untied = {**weights, "lm_head.weight": table + 1}
+    one_line_error(lambda: load_published(untied, config), "lm_head.weight")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_in_fp64_pass_through_no_other_precision(case, monkeypatch):
+    """To 1e-12, but for two steps of transformers' attention, which are fp32 by design."""
+
+    def norm(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt() * self.weight
+
+    def angles(self, x, position_ids):
+        half = self.inv_freq.numel()
+        frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+        both = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
+        return both.cos(), both.sin()
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", norm)
+    monkeypatch.setattr(Qwen3RotaryEmbedding, "forward", angles)
+    weights, config = random_published(**CASES[case])
+    weights = {name: t.double() * (1 + 1e-9) for name, t in weights.items()}  # no fp32 numbers
+    ids = token_ids(2, 9, vocab_size=31)
+    with torch.no_grad():
+        logits = load_published(weights, config)(ids).logits
+    assert logits.dtype == torch.float64
+    close(logits, published_logits(weights, config, ids), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_model_has_the_weights_dtype_and_exact_frequencies(dtype):
+    weights, config = random_published("CC-EC")
+    model = load_published({name: t.to(dtype) for name, t in weights.items()}, config)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    exact = load_published(weights, config).model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
 
 
 def test_weights_that_do_not_fit_are_refused():
