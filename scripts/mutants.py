@@ -25,7 +25,7 @@ DECODING, START = "tests/model/test_decoding.py", "tests/model/test_initialisati
 CONFIG, PUBLISHED = "tests/model/test_config.py", "tests/model/test_published.py"
 FUSED, MEMORY = "tests/ops/test_fused.py", "tests/ops/test_fused_memory.py"
 WIDE_TESTS = "tests/ops/test_wide.py"
-SCALING = "tests/model/test_width_scaling.py"
+SCALING, CALLS = "tests/model/test_width_scaling.py", "tests/model/test_calls.py"
 BACKENDS, FUSED_MODEL = "tests/ops/test_backends.py", "tests/model/test_fused_model.py"
 
 # Fails the run unless the copy is what Python imports (the package is installed as editable). Only
@@ -51,6 +51,7 @@ class Mutant(NamedTuple):
 REFERENCE, GENERATORS = "ops/reference.py", "residual/generators.py"
 LAYERS, COMPRESS, SHARED = "residual/layers.py", "residual/compress.py", "residual/contract.py"
 BUILD, MODELING = "model/build.py", "model/modeling.py"
+INPUTS, CACHE = "model/inputs.py", "model/cache.py"
 CONFIGURATION, GROUPS = "model/configuration.py", "train/groups.py"
 FORWARD, BACKWARD = "ops/kernels/forward.py", "ops/kernels/backward.py"
 GRADIENTS, WIDE = "ops/kernels/gradients.py", "ops/kernels/wide.py"
@@ -105,12 +106,25 @@ MUTANTS = [
     Mutant("read rounded to bf16 before its norm", REFERENCE,
            "x_in = compress(new, kernel, segments)\n",
            "x_in = compress(new, kernel, segments).bfloat16()\n", MODEL, "state_dtype"),
-    Mutant("borrowed compressor registered twice", LAYERS,
-           'object.__setattr__(self, "compressor", compressor)', "self.compressor = compressor",
-           CONTRACT, "registered_once"),
-    Mutant("compressor not shared in a block", MODELING,
-           "self.attn_residual if config.share_compressor else None", "None", CONFIG,
+    Mutant("compressor not shared in a block", BUILD,
+           "owns = index == 0 or not config.share_compressor", "owns = True", CONFIG,
            "adds_the_parameters"),
+    Mutant("norm's weight read outside its module", LAYERS, "self.norm(None)", "self.norm.weight",
+           CONTRACT, "inside_its_own"),
+    Mutant("unknown keywords swallowed", INPUTS, "if name not in FOR_ATTENTION and name not in",
+           "if not name and name not in", CALLS, "nobody_sends"),
+    Mutant("positions count padding", INPUTS, "positions = positions_from_mask(mask, length)",
+           "pass", CALLS, "come_from_the_mask"),
+    Mutant("chunk of one token takes padding for text", INPUTS,
+           "return None if not is_traced() and bool(own.all())", "return None if tokens == 1",
+           CALLS, "come_from_the_mask"),
+    Mutant("documents of a mask not verified", INPUTS, "if not bool(agrees):", "if False:", CALLS,
+           "cannot_follow"),
+    Mutant("histories not selected with their sequences", CACHE,
+           "self.conv_states[slot] = history[indices.to(history.device)]", "pass", DECODING,
+           "selected"),
+    Mutant("unused histories left empty", CACHE,
+           "if not cache.has_previous_state(layer, slot):", "if False:", DECODING, "cropped"),
     Mutant("two reads share one history", BUILD, '"slot": (layer, index)', '"slot": (layer, 0)',
            DECODING, "cached_chunks"),
     Mutant("padding not masked in convolutions", SHARED, "if self.mask is not None:", "if False:",
@@ -163,7 +177,7 @@ MUTANTS = [
     Mutant("direction from a state that nobody stored", LAYERS,
            "rebuild=0 if store else", "rebuild=", FUSED_MODEL, "mlp-direction"),
     Mutant("checkpointed block starts from a state that nobody stored", MODELING,
-           "state = state.stored()", "state = state._replace(trail=None)", FUSED_MODEL,
+           "state = state.stored(self.config.backend)", "state = state._replace(trail=None)", FUSED_MODEL,
            "checkpointing"),
     Mutant("program begins one token late for its compressor", FORWARD, "first - halo,",
            "first - halo + 1,", MEMORY, "shorter_than_a_compressor"),
