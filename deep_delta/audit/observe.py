@@ -42,7 +42,7 @@ class Sublayer(NamedTuple):
 def sublayers(model: DeepDeltaForCausalLM) -> list[Sublayer]:
     """The model's sublayers in the order in which they write."""
     return [
-        Sublayer(layer, kind, residual, residual.reader(block.attn_residual.compressor))
+        Sublayer(layer, kind, residual, residual.compressor or block.attn_residual.compressor)
         for layer, block in enumerate(model.model.layers, start=1)
         for kind, residual in zip(KINDS, (block.attn_residual, block.mlp_residual), strict=True)
     ]

@@ -90,8 +90,16 @@ class DeepDeltaBlock(GradientCheckpointingLayer):
         def attend(context: Tensor) -> Tensor:
             return self.self_attn(context, **attention)[0]
 
+        def feed(context: Tensor) -> Tensor:
+            return self.mlp(context)
+
+        def shared() -> Any:
+            return self.attn_residual.compressor
+
+        # Functions and no modules: tools that spread a model over devices move what they find in
+        # a call's arguments, modules too.
         new = self.attn_residual(State(*state), attend, window)
-        return self.mlp_residual(new, self.mlp, window, self.attn_residual.compressor)
+        return self.mlp_residual(new, feed, window, shared)
 
 
 class DeepDeltaPreTrainedModel(CompleteLoading):

@@ -28,7 +28,10 @@ def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def exact(first: Tensor, *args, **kwargs) -> Tensor:
-        with torch.autocast(first.device.type, enabled=False):
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):  # an exported program has no word for nothing
+            return function(first, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(first, *args, **kwargs)
 
     return exact
@@ -114,13 +117,10 @@ def shift_tokens(x: Tensor, steps: int, segments: Tensor | None = None) -> Tenso
 
     With segments (B, T), the document number of every token, nothing crosses a document's start.
     """
-    if steps == 0:
-        return x
-    shifted = torch.zeros_like(x)
-    shifted[:, steps:] = x[:, :-steps]
+    tokens = x.shape[1]
+    shifted = F.pad(x, (0, 0) * (x.ndim - 2) + (steps, 0))[:, :tokens]
     if segments is not None:
-        same = torch.zeros_like(segments, dtype=torch.bool)
-        same[:, steps:] = segments[:, steps:] == segments[:, :-steps]
+        same = segments == F.pad(segments, (steps, 0), value=-1)[:, :tokens]
         shifted = shifted * same.view(same.shape + (1,) * (x.ndim - 2))
     return shifted
 
@@ -155,7 +155,7 @@ def compress(state: Tensor, taps: Tensor | None, segments: Tensor | None = None)
     taps, channels, last = taps.to(dtype), state.to(dtype).mT, taps.shape[0] - 1
     # Pooling over d_v first leaves only (B, T, d) tensors to shift, d_v times less traffic.
     out = (channels * taps[last]).sum(-2)
-    for step in range(1, min(taps.shape[0], state.shape[-3])):
+    for step in range(1, taps.shape[0]):
         out = out + shift_tokens((channels * taps[last - step]).sum(-2), step, segments)
     return out
 
@@ -215,7 +215,7 @@ def expand_embeddings(embeddings: Tensor, kernel: Tensor, segments: Tensor | Non
     x, taps = embeddings.to(dtype), kernel.to(dtype).permute(2, 1, 0).contiguous()
     last = taps.shape[0] - 1
     out = x.unsqueeze(-2) * taps[last]
-    for step in range(1, min(taps.shape[0], x.shape[1])):
+    for step in range(1, taps.shape[0]):
         shifted = shift_tokens(x, step, segments)
         out = torch.addcmul(out, shifted.unsqueeze(-2), taps[last - step])
     return out.mT

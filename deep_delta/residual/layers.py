@@ -3,6 +3,7 @@
 Both obey the contract `state = residual(state, sublayer)` for any callable (B, T, d) -> (B, T, d).
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from deep_delta.residual.generators import (
     reads_source,
 )
 
+Lender = Callable[[], Compressor]
 ValueSource = Literal["context", "state", "output"]
 
 
@@ -56,8 +58,8 @@ class Residual(ResidualModule):
             d_v = 1 and the channel compressor above.
         norm_eps: ε of the RMSNorm that makes the context c from x_in.
         owns_compressor: False for a residual that reads by the compressor of another one, which
-            each call then lends. So it has one owner: a checkpoint holds it once, and what
-            replaces it there is used here too.
+            each call then lends, as a function that gives it. So it has one owner: a checkpoint
+            holds it once, and what replaces it there is used here too.
         slot: (layer, index) of the cache entry in which the token compressor keeps its history.
         backend: "auto", "reference" or "triton": see `ops`.
         rebuild: how many states between two stored ones are rebuilt ("triton"): see `read_state`.
@@ -89,15 +91,16 @@ class Residual(ResidualModule):
         self.norm = RMSNorm(width, eps=norm_eps)
         self.slot, self.backend, self.rebuild = slot, backend, rebuild
 
-    def reader(self, lent: Compressor | None) -> Compressor:
+    def reader(self, lender: Lender | None) -> Compressor:
         """The compressor of this call: its own, or the one that the call lends."""
-        compressor = lent if self.compressor is None else self.compressor
-        if compressor is None:
+        if self.compressor is not None:
+            return self.compressor
+        if lender is None:
             raise ValueError(
                 "this residual has no compressor of its own (owns_compressor=False): call it with "
-                "the one it shares, residual(state, sublayer, window, compressor)"
+                "a function that gives the one it shares, residual(state, sublayer, window, lender)"
             )
-        return compressor
+        return lender()
 
     def read(
         self,
@@ -178,9 +181,9 @@ class AdditiveResidual(Residual):
         state: State,
         sublayer: Sublayer,
         window: TokenWindow | None = None,
-        lent: Compressor | None = None,
+        lender: Lender | None = None,
     ) -> State:
-        read, _ = self.read(state, window, self.reader(lent))
+        read, _ = self.read(state, window, self.reader(lender))
         output = sublayer(read.context)
         # Expanded because re-entrant checkpointing breaks on a parameter as an output.
         target = None if self.spread is None else self.spread.expand(*output.shape[:-1], -1)
@@ -237,9 +240,9 @@ class DeltaResidual(Residual):
         state: State,
         sublayer: Sublayer,
         window: TokenWindow | None = None,
-        lent: Compressor | None = None,
+        lender: Lender | None = None,
     ) -> State:
-        compressor = self.reader(lent)
+        compressor = self.reader(lender)
         gates: list[Any] = [self.gate] if self.erase_gate is None else [self.gate, self.erase_gate]
         values = NO_ROWS if self.value_source == "output" else logit_rows([self.value])
         reads_state = getattr(self.direction, "reads_state", True)
