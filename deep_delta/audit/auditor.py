@@ -113,11 +113,11 @@ class Auditor:
                     "layer": sublayer.layer,
                     "kind": sublayer.kind,
                     **statistics.result(),
-                    "compressor": _weights(sublayer.residual.compressor.taps()),
+                    "compressor": _weights(sublayer.compressor(None)),
                 }
                 for sublayer, statistics in zip(self.sublayers, self.statistics, strict=True)
             ],
-            "readout_compressor": _weights(self.model.model.readout.compressor.taps()),
+            "readout_compressor": _weights(self.model.model.readout.compressor(None)),
             "overlap": self.overlaps.result([one.directions for one in self.statistics]),
             "interventions": [
                 {

@@ -19,17 +19,21 @@ from torch.nn import functional as F
 
 from deep_delta.model import DeepDeltaForCausalLM
 from deep_delta.ops import unit_scale
-from deep_delta.residual import Residual, State
+from deep_delta.residual import Compressor, Residual, State
 
 KINDS = ("attention", "MLP")
 
 
 class Sublayer(NamedTuple):
-    """A sublayer by its place: layer counts from 1, kind is one of KINDS."""
+    """A sublayer by its place: layer counts from 1, kind is one of KINDS.
+
+    compressor: what its residual reads by, its own or the one that its block lends it.
+    """
 
     layer: int
     kind: str
     residual: Residual
+    compressor: Compressor
 
     def __str__(self) -> str:
         return f"layer {self.layer} {self.kind}"
@@ -38,7 +42,7 @@ class Sublayer(NamedTuple):
 def sublayers(model: DeepDeltaForCausalLM) -> list[Sublayer]:
     """The model's sublayers in the order in which they write."""
     return [
-        Sublayer(layer, kind, residual)
+        Sublayer(layer, kind, residual, residual.reader(block.attn_residual.compressor))
         for layer, block in enumerate(model.model.layers, start=1)
         for kind, residual in zip(KINDS, (block.attn_residual, block.mlp_residual), strict=True)
     ]

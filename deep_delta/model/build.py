@@ -98,16 +98,15 @@ def _own_randomness(build: Callable[..., M]) -> Callable[..., M]:
 
 
 @_own_randomness
-def build_residual(
-    config: DeepDeltaConfig, layer: int, index: int, lender: Residual | None = None
-) -> Residual:
+def build_residual(config: DeepDeltaConfig, layer: int, index: int) -> Residual:
     """The residual of sublayer `index` (0 attention, 1 MLP) of a block.
 
-    `lender` is the residual of the same block whose compressor this one shares, if any.
+    With `share_compressor` the second has no compressor: it is lent the first one's.
     """
+    owns = index == 0 or not config.share_compressor
     read = {
-        "compressor": lender.compressor if lender else build_compressor(config),
-        "owns_compressor": lender is None,
+        "compressor": build_compressor(config) if owns else None,
+        "owns_compressor": owns,
         "norm_eps": config.rms_norm_eps,
         "slot": (layer, index),
         "backend": config.backend,

@@ -126,14 +126,8 @@ class DeepDeltaConfig(PreTrainedConfig):
             self.intermediate_size = 8 * self.hidden_size // 3
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        # Which layers keep convolution histories in the cache beside keys and values: each block
-        # for the token compressor, the first for the embedding convolution.
-        token_reads = self.compressor == "token"
-        histories = [
-            token_reads or (self.embedding_conv and layer == 0)
-            for layer in range(self.num_hidden_layers)
-        ]
-        self.layer_types = ["hybrid" if kept else "full_attention" for kept in histories]
+        kept = [self.histories(layer) for layer in range(self.num_hidden_layers)]
+        self.layer_types = ["hybrid" if slots else "full_attention" for slots in kept]
         kwargs.pop("sliding_window", None)
         _reject_unknown(kwargs)
         super().__post_init__(**kwargs)
@@ -143,9 +137,26 @@ class DeepDeltaConfig(PreTrainedConfig):
     # What transformers' attention, caches and masks look up and this family does not have.
     sliding_window = None
 
+    def histories(self, layer: int) -> tuple[int, ...]:
+        """The slots of the histories that a layer keeps in a cache, for convolutions over tokens.
+
+        The token compressor keeps one for each of its reads: 0 attention, 1 MLP, and 3, the
+        readout's, in the last layer. The embedding convolution's, in the first, is 2, or 0 where
+        there is no other.
+        """
+        first, last = layer == 0, layer == self.num_hidden_layers - 1
+        if self.compressor != "token":
+            return (0,) if self.embedding_conv and first else ()
+        return (0, 1, *((2,) if self.embedding_conv and first else ()), *((3,) if last else ()))
+
+    @property
+    def convolves(self) -> bool:
+        """Whether anything looks at earlier tokens beside attention."""
+        return any(self.histories(layer) for layer in (0, self.num_hidden_layers - 1))
+
     @property
     def number_of_conv_states(self) -> int:
-        """Histories a "hybrid" layer may keep: two token reads, the embedding, the readout."""
+        """Slots of a "hybrid" layer, one number for all layers, as transformers wants it."""
         return 4 if self.compressor == "token" else 1
 
     @property

@@ -14,11 +14,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_recurrent_attention_mask,
-    find_packed_sequence_indices,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -33,26 +28,30 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from deep_delta.model import inputs
 from deep_delta.model.build import build_expand, build_readout, build_residual, matrix_std
+from deep_delta.model.cache import prepare_histories
 from deep_delta.model.configuration import DeepDeltaConfig
 from deep_delta.model.loss import LinearCrossEntropy, linear_cross_entropy
+from deep_delta.model.versions import CACHE, output_keyword
 from deep_delta.residual import ResidualModule, RMSNorm, State, TokenWindow
 
 
 class AttentionNormAfterRope(Qwen3Attention):
     """The published code's order: RoPE first, then the learned norm of queries and keys."""
 
-    def forward(
-        self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs
+    def forward(  # type: ignore[override]  # a cache has one of two names: see `versions`
+        self, hidden_states, position_embeddings, attention_mask, **kwargs
     ):
+        cache = kwargs.pop(CACHE, None)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         query, key = self.q_norm(query), self.k_norm(key)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -81,8 +80,7 @@ class DeepDeltaBlock(GradientCheckpointingLayer):
         self.attn_residual = build_residual(config, layer, 0)
         attention: Any = ATTENTION[config.qk_norm]  # reads only the fields our config has too
         self.self_attn = attention(config, layer)
-        lender = self.attn_residual if config.share_compressor else None
-        self.mlp_residual = build_residual(config, layer, 1, lender)
+        self.mlp_residual = build_residual(config, layer, 1)
         self.mlp = Qwen3MLP(config)
         for linear in (self.self_attn.o_proj, self.mlp.down_proj):
             linear.feeds_stream = True  # see `_init_weights`
@@ -92,7 +90,7 @@ class DeepDeltaBlock(GradientCheckpointingLayer):
             return self.self_attn(context, **attention)[0]
 
         new = self.attn_residual(State(*state), attend, window)
-        return self.mlp_residual(new, self.mlp, window)
+        return self.mlp_residual(new, self.mlp, window, self.attn_residual.compressor)
 
 
 class DeepDeltaPreTrainedModel(PreTrainedModel):
@@ -101,7 +99,7 @@ class DeepDeltaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepDeltaBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -128,7 +126,11 @@ class DeepDeltaPreTrainedModel(PreTrainedModel):
 
 
 class DeepDeltaModel(DeepDeltaPreTrainedModel):
-    """The decoder without a head. Its hidden states are the state's channel mean, (B, T, d)."""
+    """The decoder without a head.
+
+    Its hidden states are the state's channel mean, (B, T, d): with one channel the stream itself,
+    with more a view from the side, which gets no gradient.
+    """
 
     def __init__(self, config: DeepDeltaConfig):
         super().__init__(config)
@@ -162,12 +164,20 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T) or inputs_embeds (B, T, d) -> last_hidden_state (B, T, d), normalised.
 
+        `past_key_values` and `cache` are two names of one thing; transformers uses the second since
+        5.24. Positions count what is not padding, from the mask where there are no position_ids.
         Packed documents are found from position_ids that restart, where no mask and no cache is
-        given: neither attention nor convolutions cross them.
+        given, and from a mask (B, 1, T, T): neither attention nor convolutions cross them.
+
+        Raises:
+            TypeError: a keyword that nobody is known to send.
+            ValueError: input_ids and inputs_embeds, or neither; a mask or a cache that the
+                convolutions over tokens cannot follow.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -175,70 +185,45 @@ class DeepDeltaModel(DeepDeltaPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        attention = inputs.for_attention(kwargs)
+        cache = inputs.one_of(past_key_values, cache)
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        segments = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            segments = find_packed_sequence_indices(position_ids)
-        # Packed documents have no common end to go on from, and the mask that keeps them apart is
-        # only made without a cache.
-        if use_cache and past_key_values is None and segments is None:
-            past_key_values = DynamicCache(config=self.config)
-        given_positions = position_ids
-        if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-            position_ids = (position_ids + seen).unsqueeze(0)
-
-        masks = attention_mask
-        plain = masks is None and given_positions is None and past_key_values is None
-        if plain and self.config._attn_implementation == "sdpa":
-            # Which is causal by itself; asked for a mask while a graph is traced or captured,
-            # transformers makes one nevertheless, and attention gets slower by it.
-            masks = {"full_attention": None}
-        elif not isinstance(masks, dict):  # `generate` prepares them for a static cache
-            given: dict[str, Any] = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                # Nobody need look for documents in our own, which would wait for the GPU.
-                "position_ids": given_positions,
-            }
-            masks = {
-                "full_attention": create_causal_mask(**given),
-                "linear_attention": create_recurrent_attention_mask(**given),
-            }
-        window = TokenWindow(
-            mask=masks.get("linear_attention"),
-            segments=segments,
-            cache=past_key_values,
+            use_cache, cache = False, None
+        seen = inputs.what_is_seen(
+            self.config, inputs_embeds, attention_mask, position_ids, cache, kwargs
         )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        if use_cache and cache is None and seen.may_be_continued:
+            cache = DynamicCache(config=self.config)
+        if isinstance(cache, Cache):
+            prepare_histories(cache, self.config, inputs_embeds)
+        window = TokenWindow(seen.tokens, seen.segments, cache)
+        position_embeddings = self.rotary_emb(inputs_embeds, seen.positions)
+        attention |= inputs.cache_keyword(cache)
 
         state = self.expand(inputs_embeds, window)
         hidden_states = []
         for layer in self.layers:
             if output_hidden_states:
-                hidden_states.append(state.settle().mean(-1))
+                hidden, state = state.shown(self.config.backend)
+                hidden_states.append(hidden)
             if self.gradient_checkpointing and self.training:
-                state = state.stored()  # a block that runs again must find its input
+                # A block that runs again must find its input.
+                state = state.stored(self.config.backend)
             state = State(
                 *layer(
                     *state,
                     window=window,
-                    attention_mask=masks["full_attention"],
+                    attention_mask=seen.mask,
                     position_embeddings=position_embeddings,
-                    position_ids=given_positions,
-                    past_key_values=past_key_values,
-                    **kwargs,
+                    position_ids=position_ids,
+                    **attention,
                 )
             )
         hidden = self.norm(self.readout(state, window))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+            **output_keyword(cache if use_cache else None),
         )
 
 
@@ -271,6 +256,25 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
         self.linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
         self.post_init()
 
+    def init_continuous_batching(self, *args, **kwargs) -> Any:
+        """As transformers', whose pages keep keys and values only.
+
+        Raises:
+            ValueError: the model has convolutions over tokens.
+        """
+        if self.config.convolves:
+            raise ValueError(
+                "continuous batching keeps no history for convolutions over tokens: use generate, "
+                "or a model without token compressor and embedding convolution"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As transformers', which replaces an untied head by a plain Linear when it is resized."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = LanguageHead
+        super().set_output_embeddings(new_embeddings)
+
     @can_return_tuple
     def forward(
         self,
@@ -283,6 +287,7 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocabulary) and, with labels (B, T), the mean loss in nats per token.
@@ -300,12 +305,14 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         loss: Any = None
         logits = None
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
-        if has_labels and skip_logits:
+        # A head that somebody wrapped (adapters, quantisation) must be called to have its effect.
+        if has_labels and skip_logits and isinstance(self.lm_head, LanguageHead):
             given = ("num_items_in_batch", "shift_labels", "ignore_index")
             loss_of = functools.partial(
                 self.linear_cross_entropy,
@@ -325,10 +332,12 @@ class DeepDeltaForCausalLM(DeepDeltaPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
                 )
+                if skip_logits:
+                    logits = None
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **output_keyword(outputs.get(CACHE)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deep_delta.ops.fused_launch import Read, ReadBackward
 from deep_delta.ops.kernels import backward, forward, wide
-from deep_delta.ops.launch import can_compile_early, compile_early, document_starts, start
+from deep_delta.ops.launch import document_starts, start
 
 Grads = tuple[Tensor | None, ...]
 
@@ -61,11 +61,7 @@ def read_state(
 
 @read_state.register_fake
 def _(*arguments):
-    inputs = Read(*arguments)._replace(length=1)  # kernels are for any
-    out = inputs.outputs()
-    if can_compile_early(inputs.x, inputs.trail_x):
-        compile_early(forward.forward, *inputs.launch(out, 1)[1:])
-    return out
+    return Read(*arguments).outputs()
 
 
 @torch.library.custom_op("deep_delta::read_state_backward", mutates_args=())
@@ -122,22 +118,7 @@ def read_state_backward(
 
 @read_state_backward.register_fake
 def _(*arguments):
-    inputs = ReadBackward(*arguments)._replace(length=1)
-    out = inputs.outputs()
-    if not can_compile_early(inputs.x, inputs.dx_new):
-        return out
-    if inputs.is_wide():
-        call, pulls = inputs.wide_launch(out, 1)
-        compile_early(wide.wide_backward, *call[1:])
-        if inputs.rows:
-            compile_early(wide.weights_backward, *inputs.weights_launch(pulls, 1)[0][1:])
-        return out
-    if inputs.needs_norm_first():
-        dx_in = inputs.empty_dx_in()
-        compile_early(backward.norm_backward, *inputs.norm_launch(dx_in, 1)[0][1:])
-        inputs = inputs.after_norm(dx_in)
-    compile_early(backward.backward, *inputs.launch(out, 1)[0][1:])
-    return out
+    return ReadBackward(*arguments).outputs()
 
 
 def is_plain(x, h, target, erase, direction_eps) -> bool:

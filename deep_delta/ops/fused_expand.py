@@ -6,8 +6,6 @@ from torch import Tensor
 from deep_delta.ops.kernels import embedding
 from deep_delta.ops.launch import (
     block_size,
-    can_compile_early,
-    compile_early,
     document_starts,
     partial_sums,
     share_of,
@@ -32,11 +30,7 @@ def expand_embeddings(
 
 @expand_embeddings.register_fake
 def _(x, taps, starts, length, dtype):
-    out = x.new_empty(x.shape[0], taps.shape[1], taps.shape[2], dtype=dtype)
-    if can_compile_early(x):
-        chunk, shape = _expand_plan(1, taps, x.device)
-        compile_early(embedding.expand_forward, (x, starts, taps, out, 1, 1, chunk), shape)
-    return out
+    return x.new_empty(x.shape[0], taps.shape[1], taps.shape[2], dtype=dtype)
 
 
 def _expand_plan(tokens: int, taps: Tensor, device: torch.device) -> tuple[int, dict]:
@@ -64,12 +58,7 @@ def expand_embeddings_backward(
 
 @expand_embeddings_backward.register_fake
 def _(x, taps, starts, length, d_out):
-    dx, d_taps = torch.empty_like(x), torch.empty_like(taps, dtype=torch.float32)
-    if can_compile_early(x):
-        chunk, shape = _expand_plan(1, taps, x.device)
-        arguments = (x, starts, taps, d_out, dx, d_taps, 1, 1, chunk)
-        compile_early(embedding.expand_backward, arguments, shape)
-    return dx, d_taps
+    return torch.empty_like(x), torch.empty_like(taps, dtype=torch.float32)
 
 
 def _keep_embeddings(ctx, inputs, output) -> None:

@@ -1,7 +1,6 @@
 """What the operators of `fused` allocate, and how they launch their kernels.
 
-Everything here also runs on fake tensors, while torch.compile traces a model: the kernels then
-begin to compile (`launch.compile_early`).
+`outputs` also runs on fake tensors, while torch.compile traces a model.
 """
 
 from collections.abc import Sequence

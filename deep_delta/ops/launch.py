@@ -2,17 +2,12 @@
 
 import functools
 import os
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# Compilations under way, by the kernel's name, and everything that ever was under way.
-_under_way: dict[str, list[threading.Thread]] = {}
-_begun: set[Any] = set()
 
 
 def channel_major(x: Tensor) -> Tensor:
@@ -115,7 +110,7 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
     """
     tokens, width, channels = x.shape
     return (
-        x.stride(0) if isinstance(tokens, torch.SymInt) or tokens > 1 else width * channels,
+        x.stride(0) if tokens > 1 else width * channels,
         x.stride(2) if channels > 1 else width,
         x.stride(1),
     )
@@ -148,64 +143,9 @@ def document_starts(segments: Tensor | None) -> Tensor | None:
 
 
 def start(kernel: Any, programs: tuple[int, ...], arguments: tuple, options: dict) -> None:
-    """Launch a kernel, after the early compilations of it that are under way."""
-    if _under_way:
-        for thread in _under_way.get(kernel.__name__, ()):
-            thread.join()
-        _under_way.pop(kernel.__name__, None)
+    """Launch a kernel; the first launch of its kind compiles it.
+
+    Here and nowhere earlier: threads that compiled while torch.compile traced, and that a launch
+    waited for, saved seconds of a cold start, and one training in 41 never began.
+    """
     kernel[programs](*arguments, **options)
-
-
-def compile_early(kernel: Any, arguments: tuple, options: dict) -> None:
-    """Compile in the background for arguments like these, which may be fake tensors.
-
-    Called while torch.compile traces a model, so that the kernels compile beside its own. A
-    kernel that is not ready, or that fails to compile here, is compiled when it is launched.
-    """
-    from deep_delta.ops.kernels.early import stand_in
-
-    device = next(value.device for value in arguments if isinstance(value, Tensor))
-    key = (kernel.__name__, device, _kinds(arguments), tuple(sorted(options.items())))
-    if key in _begun:
-        return
-    _begun.add(key)
-    with torch.cuda.device(device):
-        kernel.device_caches[torch.cuda.current_device()]  # made here: two threads would make two
-    arguments = stand_in(arguments)  # no fake tensor leaves the thread that traces
-
-    def work() -> None:
-        try:
-            with torch.cuda.device(device):
-                kernel.warmup(*arguments, grid=(1,), **options)
-        except Exception:  # the launch meets it again, where somebody sees it
-            return
-
-    # Not a daemon: a process that ends within the compiler would be aborted.
-    thread = threading.Thread(target=work)
-    thread.start()
-    _under_way.setdefault(kernel.__name__, []).append(thread)
-
-
-def _kinds(arguments: tuple) -> tuple:
-    """What a kernel is compiled for: dtypes in place of tensors, and no number but strides."""
-
-    def kind(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return _kinds(value)
-        if isinstance(value, Tensor):
-            return value.dtype
-        return float if isinstance(value, float) else value
-
-    return tuple(map(kind, arguments))
-
-
-def can_compile_early(*tensors: Tensor | None) -> bool:
-    """Whether kernels for these would run on a GPU of this machine, and for one size of d and d_v.
-
-    A size that is a symbol must not be looked at: that would bind the traced graph to its value.
-    """
-    if INTERPRETED or not torch.cuda.is_available():
-        return False
-    present = [tensor for tensor in tensors if tensor is not None]
-    sizes = [number for t in present for number in (*t.shape[1:], *t.stride())]
-    return present[0].device.type == "cuda" and all(isinstance(size, int) for size in sizes)

@@ -1,6 +1,7 @@
 """Compressors: from the expanded state X (B, T, d, d_v) to the width-d input of a sublayer (§A.3).
 
-A compressor is its taps, (K, d_v, d): a fused read takes them together with the pending write.
+A compressor is its taps, (K, d_v, d), the last one for the current token: it lends them to a fused
+read, which takes them together with the pending write.
 """
 
 import torch
@@ -11,16 +12,20 @@ from deep_delta.residual.contract import (
     CacheSlot,
     ResidualModule,
     TokenWindow,
+    documents,
     normal,
     start_,
 )
 
 
 class Compressor(ResidualModule):
-    """What compressors share: X (B, T, d, d_v) -> (B, T, d), at least fp32."""
+    """What compressors share: X (B, T, d, d_v) -> (B, T, d), at least fp32.
+
+    Called with None it lends its taps (K, d_v, d), at least fp32, or None where it passes X on.
+    """
 
     def taps(self) -> Tensor | None:
-        """(K, d_v, d), at least fp32, the last tap for the current token; None passes X on."""
+        """What it lends; read inside its forward."""
         raise NotImplementedError  # every subclass has its own
 
     def looks_back(self, window: TokenWindow | None) -> bool:
@@ -32,10 +37,12 @@ class Compressor(ResidualModule):
         return x
 
     def forward(
-        self, x: Tensor, window: TokenWindow | None = None, slot: CacheSlot = (0, 0)
-    ) -> Tensor:
-        segments = None if window is None else window.segments
-        return compress(self.see(x, window, slot), self.taps(), segments)[:, -x.shape[1] :]
+        self, x: Tensor | None, window: TokenWindow | None = None, slot: CacheSlot = (0, 0)
+    ) -> Tensor | None:
+        if x is None:
+            return self.taps()
+        seen = self.see(x, window, slot)
+        return compress(seen, self.taps(), documents(window, seen))[:, -x.shape[1] :]
 
 
 class ScalarRead(Compressor):

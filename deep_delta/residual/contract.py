@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deep_delta.ops import Trail, apply_write
 
@@ -52,6 +53,18 @@ class State(NamedTuple):
         """X with the pending write applied, (B, T, d, d_v)."""
         return apply_write(self.x, *self[1:4], eps=self.eps, trail=self.trail, backend=backend)
 
+    def shown(self, backend: str = "auto") -> tuple[Tensor, "State"]:
+        """The mean over channels of the settled X, (B, T, d), and the state to go on from.
+
+        With one channel the mean is the stream itself: it lies on the way of the gradients. With
+        more it is a view from the side, which gets none.
+        """
+        x = self.settle(backend)
+        if x.shape[-1] > 1:
+            return x.mean(-1), self
+        hidden = x.squeeze(-1)
+        return hidden, State(hidden.unsqueeze(-2))
+
     def stored(self, backend: str = "auto") -> "State":
         """The same state without a trail: X is in memory, the pending write still pending."""
         if self.trail is None:
@@ -74,12 +87,24 @@ class TokenWindow:
     segments: Tensor | None = None
     cache: Any = None
 
+    def to(self, *device: Any, **options: Any) -> "TokenWindow":
+        """On another device, as `Tensor.to`; a cache keeps each layer's tensors where they are."""
+        mask, segments = (
+            None if t is None else t.to(*device, **options) for t in (self.mask, self.segments)
+        )
+        return TokenWindow(mask, segments, self.cache)
+
     def visible(self, x: Tensor, kernel_size: int, slot: CacheSlot) -> Tensor:
         """x (B, T, ...) without padding, preceded by the cached tokens: (B, H + T, ...)."""
         if self.mask is not None:
             x = x * self.mask.view(self.mask.shape + (1,) * (x.ndim - 2)).to(x.dtype)
         if self.cache is None:
             return x
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "an exported model cannot keep what its convolutions saw in a cache: export it "
+                "with use_cache=False"
+            )
         layer, index = slot
         channels_first = x.flatten(2).transpose(1, 2)
         seen = self.cache.update_conv_state(
@@ -88,11 +113,25 @@ class TokenWindow:
         return seen.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+def documents(window: TokenWindow | None, x: Tensor) -> Tensor | None:
+    """The document numbers of x (B, H + T, ...) as `TokenWindow.visible` gave it, if there are any.
+
+    The H tokens in front belong to none.
+    """
+    segments = None if window is None else window.segments
+    before = 0 if segments is None else x.shape[1] - segments.shape[1]
+    return segments if segments is None or not before else F.pad(segments, (before, 0), value=-1)
+
+
 class ResidualModule(nn.Module):
     """A module with parameters of its own that knows how they start.
 
     The model's initialisation pass calls `reset_parameters` and hands over a generator, so that
     the backbone's random numbers do not depend on which residual is used.
+
+    Parameters are read inside their own module's forward and nowhere else: offloading, sharding
+    and adapters work by what they hook to that call. So a module whose weights a fused read
+    multiplies lends them when it is called with None in place of its input.
 
     `reads_width` names its matrices (m, d), whose products sum over the whole width: what µP lets
     learn more slowly in a wider model.

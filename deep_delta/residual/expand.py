@@ -5,7 +5,14 @@ from torch import Tensor, nn
 
 from deep_delta.ops import expand_embeddings, reduce_state
 from deep_delta.residual.compress import Compressor, current_token
-from deep_delta.residual.contract import CacheSlot, ResidualModule, State, TokenWindow, start_
+from deep_delta.residual.contract import (
+    CacheSlot,
+    ResidualModule,
+    State,
+    TokenWindow,
+    documents,
+    start_,
+)
 
 
 class Repeat(nn.Module):
@@ -45,10 +52,9 @@ class EmbeddingConv(ResidualModule):
 
     def forward(self, embeddings: Tensor, window: TokenWindow | None = None) -> State:
         tokens, dtype = embeddings.shape[1], self.dtype or embeddings.dtype
-        segments = None
         if window is not None:
             embeddings = window.visible(embeddings, self.weight.shape[-1], self.slot)
-            segments = window.segments
+        segments = documents(window, embeddings)
         x = expand_embeddings(embeddings, self.weight, segments, dtype=dtype, backend=self.backend)
         if x.shape[1] > tokens:  # the gradient of a slice, of all of it too, would be a copy
             x = x[:, -tokens:]
@@ -69,8 +75,8 @@ class StateReadout(nn.Module):
             state.x,
             *state[1:4],
             eps=state.eps,
-            kernel=self.compressor.taps(),
-            segments=None if window is None else window.segments,
+            kernel=self.compressor(None),
+            segments=documents(window, state.channels),
             trail=state.trail,
             backend=self.backend,
         )

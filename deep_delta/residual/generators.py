@@ -4,15 +4,16 @@ Weights are plain parameters, not Linear layers: the fused read multiplies them 
 while it has it in registers, and tools that wrap every Linear layer (adapters, int8) leave them
 alone. All logits are computed in fp32.
 
-A generator whose first step is a product with its source has that step's rows as `logit_weight`,
-its bias as `logit_bias`, and goes on from the logits in `from_logits`; without rows it is called
-with the source itself.
+A generator whose first step is a product with its source says so by `lends_rows`: called with None
+it lends that step's rows and bias, and it goes on from the logits in `from_logits`. Any other is
+called with the source itself.
 `reads_source` is False where only the source's shape matters, a direction's `reads_state` where X
 does not: it need not be stored then.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +32,23 @@ Rows = tuple[Tensor | None, Tensor | None]  # (m, d) and what is added to the pr
 NO_ROWS: Rows = (None, None)
 
 
-def logit_weight(generator: nn.Module) -> Tensor | None:
-    """The rows (m, d) that a fused read multiplies for this generator, if it has any."""
-    return getattr(generator, "logit_weight", None)
+def lends_rows(generator: nn.Module) -> bool:
+    """Whether a fused read multiplies this generator's rows."""
+    return getattr(generator, "lends_rows", False)
+
+
+def reads_source(generator: nn.Module) -> bool:
+    """Whether the source's numbers matter to this generator, and not only its shape."""
+    return getattr(generator, "reads_source", True)
 
 
 def logit_rows(generators: Sequence[nn.Module]) -> Rows:
-    """The rows of all generators that have rows, in their order, and their biases."""
-    rows: list[Tensor] = []
-    biases: list[Tensor | None] = []
-    for generator in generators:
-        row = logit_weight(generator)
-        if row is not None:
-            rows.append(row)
-            biases.append(getattr(generator, "logit_bias", None))
-    if len(rows) < 2:
-        return (rows[0], biases[0]) if rows else NO_ROWS
-    added = [
-        row.new_zeros(len(row)) if bias is None else bias
-        for row, bias in zip(rows, biases, strict=True)
-    ]
-    return torch.cat(rows), torch.cat(added)
+    """The rows of all generators that lend rows, in their order, and their biases."""
+    lent = [generator(None) for generator in generators if lends_rows(generator)]
+    if len(lent) < 2:
+        return lent[0] if lent else NO_ROWS
+    added = [row.new_zeros(len(row)) if bias is None else bias for row, bias in lent]
+    return torch.cat([row for row, _ in lent]), torch.cat(added)
 
 
 class TokenGate(ResidualModule):
@@ -86,18 +83,16 @@ class TokenGate(ResidualModule):
         start_(self.bias, torch.tensor(gate_bias(self.start), device="cpu"))
 
     @property
-    def logit_weight(self) -> Tensor | None:
-        return self.weight if self.hidden is None else None
-
-    @property
-    def logit_bias(self) -> Tensor:
-        return self.bias
+    def lends_rows(self) -> bool:
+        return self.hidden is None
 
     def from_logits(self, logits: Tensor) -> Tensor:
         """Logits (B, T) -> β (B, T)."""
         return 2 * torch.sigmoid(logits)
 
-    def forward(self, context: Tensor) -> Tensor:
+    def forward(self, context: Tensor | None) -> Any:
+        if context is None:
+            return self.weight, self.bias
         if self.hidden is not None:
             context = torch.tanh(linear(context, self.hidden))
         return self.from_logits(linear(context, self.weight, self.bias).squeeze(-1))
@@ -143,6 +138,7 @@ class LinearValue(ResidualModule):
     """
 
     reads_width = ("weight",)
+    lends_rows = True
 
     def __init__(
         self,
@@ -164,19 +160,13 @@ class LinearValue(ResidualModule):
         if self.bias is not None:
             start_(self.bias, uniform(self.bias.shape, self.bias_range, generator))
 
-    @property
-    def logit_weight(self) -> Tensor:
-        return self.weight
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        return self.bias
-
     def from_logits(self, logits: Tensor) -> Tensor:
         """Logits (B, T, d_v) -> v (B, T, d_v)."""
         return logits if self.scale is None else self.scale * torch.sigmoid(logits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None) -> Any:
+        if x is None:
+            return self.weight, self.bias
         return self.from_logits(linear(x, self.weight, self.bias))
 
 

@@ -17,6 +17,7 @@ from deep_delta.residual.contract import (
     Sublayer,
     TokenWindow,
     distinct_around,
+    documents,
     start_,
 )
 from deep_delta.residual.generators import (
@@ -25,17 +26,23 @@ from deep_delta.residual.generators import (
     Rows,
     SublayerDirection,
     TokenGate,
+    lends_rows,
     logit_rows,
-    logit_weight,
+    reads_source,
 )
 
 ValueSource = Literal["context", "state", "output"]
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in at least fp32, whatever comes in; what goes out has the weight's dtype."""
+    """RMSNorm in at least fp32, whatever comes in; what goes out has the weight's dtype.
 
-    def forward(self, x: Tensor) -> Tensor:
+    Called with None it lends its weight.
+    """
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        if x is None:
+            return self.weight
         return rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
 
 
@@ -48,14 +55,15 @@ class Residual(ResidualModule):
         compressor: reads X (B, T, d, d_v) as x_in (B, T, d); by default the state itself for
             d_v = 1 and the channel compressor above.
         norm_eps: ε of the RMSNorm that makes the context c from x_in.
-        owns_compressor: False borrows the compressor of another residual of the same block: it
-            is used here, but stays a parameter of the other, so that a checkpoint holds it once.
+        owns_compressor: False for a residual that reads by the compressor of another one, which
+            each call then lends. So it has one owner: a checkpoint holds it once, and what
+            replaces it there is used here too.
         slot: (layer, index) of the cache entry in which the token compressor keeps its history.
         backend: "auto", "reference" or "triton": see `ops`.
         rebuild: how many states between two stored ones are rebuilt ("triton"): see `read_state`.
     """
 
-    compressor: Compressor
+    compressor: Compressor | None
     # Set by transformers. A checkpointed block must leave a state that its successor, which runs
     # again by itself, can start from; one of its two reads need not store.
     gradient_checkpointing = False
@@ -73,21 +81,29 @@ class Residual(ResidualModule):
         rebuild: int = 0,
     ):
         super().__init__()
-        if compressor is None:
+        if compressor is None and owns_compressor:
             compressor = (
                 ScalarRead() if value_channels == 1 else ChannelCompressor(width, value_channels)
             )
-        if owns_compressor:
-            self.compressor = compressor
-        else:  # past nn.Module's own __setattr__, which would register it a second time
-            object.__setattr__(self, "compressor", compressor)
+        self.compressor = compressor
         self.norm = RMSNorm(width, eps=norm_eps)
         self.slot, self.backend, self.rebuild = slot, backend, rebuild
+
+    def reader(self, lent: Compressor | None) -> Compressor:
+        """The compressor of this call: its own, or the one that the call lends."""
+        compressor = lent if self.compressor is None else self.compressor
+        if compressor is None:
+            raise ValueError(
+                "this residual has no compressor of its own (owns_compressor=False): call it with "
+                "the one it shares, residual(state, sublayer, window, compressor)"
+            )
+        return compressor
 
     def read(
         self,
         state: State,
         window: TokenWindow | None,
+        compressor: Compressor,
         *,
         gates: Rows = NO_ROWS,
         values: Rows = NO_ROWS,
@@ -103,31 +119,32 @@ class Residual(ResidualModule):
         device = state.x.device.type
         rounded = torch.is_autocast_enabled(device) and not exact
         options: dict[str, Any] = {
-            "kernel": self.compressor.taps(),
-            "norm_weight": self.norm.weight,
+            "kernel": compressor(None),
+            "norm_weight": self.norm(None),
             "norm_eps": self.norm.eps,
             "gate_weight": gates[0],
             "gate_bias": gates[1],
             "value_weight": values[0],
             "value_bias": values[1],
             "value_on_state": value_on_state,
-            "segments": None if window is None else window.segments,
             "context_dtype": torch.get_autocast_dtype(device) if rounded else None,
             "backend": self.backend,
         }
-        if not self.compressor.looks_back(window):
+        if not compressor.looks_back(window):
             reading = read_state(
                 state.x,
                 *state[1:4],
                 eps=state.eps,
                 trail=state.trail,
+                segments=documents(window, state.channels),
                 rebuild=0 if store else self._rebuild(),
                 **options,
             )
             return reading, reading.state if reading.trail is None else None
         x = state.settle(self.backend)
-        seen = self.compressor.see(x, window, self.slot)
-        read, own = read_state(seen, **options), slice(-x.shape[1], None)
+        seen = compressor.see(x, window, self.slot)
+        read = read_state(seen, segments=documents(window, seen), **options)
+        own = slice(-x.shape[1], None)
         return Reading(
             x,
             read.context[:, own],
@@ -156,8 +173,14 @@ class AdditiveResidual(Residual):
         if self.spread is not None:
             start_(self.spread, distinct_around(1.0, self.spread.numel(), generator))
 
-    def forward(self, state: State, sublayer: Sublayer, window: TokenWindow | None = None) -> State:
-        read, _ = self.read(state, window)
+    def forward(
+        self,
+        state: State,
+        sublayer: Sublayer,
+        window: TokenWindow | None = None,
+        lent: Compressor | None = None,
+    ) -> State:
+        read, _ = self.read(state, window, self.reader(lent))
         output = sublayer(read.context)
         # Expanded because re-entrant checkpointing breaks on a parameter as an output.
         target = None if self.spread is None else self.spread.expand(*output.shape[:-1], -1)
@@ -209,32 +232,43 @@ class DeltaResidual(Residual):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Nothing of its own: gate, value, direction and compressor know their starts."""
 
-    def forward(self, state: State, sublayer: Sublayer, window: TokenWindow | None = None) -> State:
+    def forward(
+        self,
+        state: State,
+        sublayer: Sublayer,
+        window: TokenWindow | None = None,
+        lent: Compressor | None = None,
+    ) -> State:
+        compressor = self.reader(lent)
         gates: list[Any] = [self.gate] if self.erase_gate is None else [self.gate, self.erase_gate]
         values = NO_ROWS if self.value_source == "output" else logit_rows([self.value])
         reads_state = getattr(self.direction, "reads_state", True)
+        reads_x_in = self.value_source == "state" and values[0] is None and reads_source(self.value)
         read, seen = self.read(
             state,
             window,
+            compressor,
             gates=logit_rows(gates),
             values=values,
             value_on_state=self.value_source == "state",
             exact=any(
-                logit_weight(generator) is None and getattr(generator, "reads_source", True)
+                not lends_rows(generator) and reads_source(generator)
                 for generator in (*gates, self.value)
             ),
-            store=reads_state or (self.value_source == "state" and values[0] is None),
+            store=reads_state or reads_x_in,
         )
         output = sublayer(read.context)
         logits = iter(() if read.gate_logits is None else read.gate_logits.unbind(-1))
         strengths = [
-            gate(read.context) if logit_weight(gate) is None else gate.from_logits(next(logits))
+            gate.from_logits(next(logits)) if lends_rows(gate) else gate(read.context)
             for gate in gates
         ]
         if values[0] is not None:
             value = self.value.from_logits(read.value_logits)
+        elif reads_x_in:
+            value = self.value(self._x_in(compressor, seen, window)[:, -output.shape[1] :])
         else:
-            value = self.value(self._value_source(read, seen, output, window))
+            value = self.value(output if self.value_source == "output" else read.context)
         if self.target_scale != 1:
             value = self.target_scale * value
         return State(
@@ -246,15 +280,10 @@ class DeltaResidual(Residual):
             read.trail,
         )
 
-    def _value_source(
-        self, read: Reading, seen: Any, output: Tensor, window: TokenWindow | None
-    ) -> Tensor:
-        if self.value_source == "output":
-            return output
-        if self.value_source == "context":
-            return read.context
-        segments = None if window is None else window.segments
-        x_in = reduce_state(
-            seen, kernel=self.compressor.taps(), segments=segments, backend=self.backend
+    def _x_in(self, compressor: Compressor, seen: Any, window: TokenWindow | None) -> Tensor:
+        return reduce_state(
+            seen,
+            kernel=compressor(None),
+            segments=documents(window, seen),
+            backend=self.backend,
         )
-        return x_in[:, -output.shape[1] :]

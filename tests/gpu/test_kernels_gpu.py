@@ -293,18 +293,6 @@ def test_compiled_model_is_the_eager_one(whole, fresh_compiler):
     agree(step(compiled, model.named_parameters()), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels", [5, 6])  # which no other test has compiled kernels for
-def test_kernels_compiled_while_tracing_are_those_that_run(channels, fresh_compiler):
-    variant = {5: "ddl-cc", 6: "ddl-tc"}[channels]
-    torch.manual_seed(0)
-    config = tiny_config(variant, backend="triton", rebuild=1, value_channels=channels)
-    model = compile_layers(DeepDeltaForCausalLM(config).train().to(DEVICE))
-    compiled, begun = compiled_kernels(), len(launch._begun)
-    step(model, model.named_parameters())
-    assert compiled_kernels() - compiled == len(launch._begun) - begun >= 6
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
 def test_model_is_the_reference_with_and_without_autocast(autocast, state_dtype):

@@ -158,7 +158,7 @@ def test_state_dtype_is_the_dtype_of_the_stream(variant):
     logits = model(ids).logits
     assert [state.x.dtype for state in streams] == [torch.bfloat16] * 2
     reads = zip(model.model.layers, streams, strict=True)
-    inputs = [layer.mlp_residual.compressor(state.settle()) for layer, state in reads]
+    inputs = [layer.attn_residual.compressor(state.settle()) for layer, state in reads]
     assert len(norms) == 1
     for x, out in (*zip(inputs, contexts, strict=True), *norms):
         assert out.dtype == torch.float32

@@ -5,11 +5,12 @@ Everything is fp64 with noise on every parameter, so that a wrong term cannot hi
 neutral start or a tolerance.
 """
 
+import copy
 import functools
 
 import pytest
 import torch
-from helpers import CASES, close, normal, shaken, tiny_config
+from helpers import CASES, close, normal, one_line_error, shaken, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,9 +34,7 @@ class Stack(nn.Module):
         super().__init__()
         self.config = tiny_config(case, hidden_size=WIDTH)
         self.expand = build_expand(self.config)
-        first = build_residual(self.config, 0, 0)
-        lender = first if self.config.share_compressor else None
-        self.residuals = nn.ModuleList([first, build_residual(self.config, 0, 1, lender)])
+        self.residuals = nn.ModuleList(build_residual(self.config, 0, index) for index in range(2))
         self.sublayers = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)
         )
@@ -45,7 +44,7 @@ class Stack(nn.Module):
         """The state after the expansion and after each sublayer; `settle` writes at once."""
         states = [self.expand(embeddings)]
         for residual, sublayer in zip(self.residuals, self.sublayers, strict=True):
-            new = residual(states[-1], sublayer)
+            new = residual(states[-1], sublayer, None, self.residuals[0].compressor)
             states.append(State(new.settle().mT) if settle else new)
         return states
 
@@ -127,7 +126,7 @@ def test_nothing_that_a_residual_learns_is_a_linear_or_convolution_layer(case):
 def written(stack: Stack, index: int, state: State) -> Tensor:
     """The state after a sublayer by the paper's equations, from the parameters' own values."""
     config, residual, x = stack.config, stack.residuals[index], state.settle()
-    x_in = residual.compressor(x)
+    x_in = residual.reader(stack.residuals[0].compressor)(x)
     c = x_in / (x_in.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
     c = c * residual.norm.weight
     h = stack.sublayers[index](c)
@@ -217,18 +216,63 @@ def test_gates_lie_between_zero_and_two(case):
 
 
 @every_case
-def test_borrowed_compressor_is_used_but_registered_once(case):
+def test_shared_compressor_has_one_owner(case):
     model = stack(case)
     first, second = model.residuals
     learned = list(first.compressor.parameters())
     names = [name for name in model.state_dict() if name.startswith("residuals.1.compressor")]
     if model.config.share_compressor:
-        assert second.compressor is first.compressor
+        assert second.compressor is None
+        assert second.reader(first.compressor) is first.compressor
         assert names == []
     else:
-        assert second.compressor is not first.compressor
+        assert second.reader(first.compressor) is second.compressor is not first.compressor
         assert len(names) == len(learned) > 0
     assert model.readout.compressor is not first.compressor
+
+
+@pytest.mark.parametrize("case", ["ddl-cc", "ddl-tc", "additive-expanded"])
+def test_compressor_replaced_by_its_owner_is_replaced_for_all(case):
+    """As adapters replace it; a copy of the block has a compressor of its own."""
+    model = stack(case)
+    copied = copy.deepcopy(model)
+    before = model(embeddings())
+    other = shaken(copy.deepcopy(model.residuals[0].compressor), seed=7)
+    calls = []
+    other.register_forward_hook(lambda *_: calls.append(1))
+    model.residuals[0].compressor = other
+    assert not torch.equal(model(embeddings()), before)
+    assert len(calls) == 2
+    assert torch.equal(copied(embeddings()), before)
+
+
+def test_residual_that_is_lent_nothing_says_so():
+    residual = DeltaResidual(WIDTH, 2, owns_compressor=False)
+    state = State(normal(1, 3, 2, WIDTH, dtype=torch.float32))
+    one_line_error(lambda: residual(state, torch.tanh), "owns_compressor", "compressor of its own")
+
+
+@every_case
+def test_every_parameter_is_read_inside_its_own_module(case):
+    """What offloading, sharding and adapters rely on: elsewhere a parameter may not be there."""
+    model = stack(case)
+    expected = model(embeddings()).detach()
+    away = {}
+
+    def fetch(module, _arguments):
+        for name, parameter in away[module].items():
+            module._parameters[name] = parameter
+
+    def put_away(module, *_):
+        for name, parameter in away[module].items():
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"))
+
+    for module in model.modules():
+        away[module] = dict(module.named_parameters(recurse=False))
+        module.register_forward_pre_hook(fetch)
+        module.register_forward_hook(put_away, always_call=True)
+        put_away(module)
+    assert torch.equal(model(embeddings()), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
