@@ -1,21 +1,16 @@
 """transformers' own tests as a package `tests`, from its source distribution, unpatched.
 
-`make transformers-source` unpacks it beside the virtual environment. Its common tests import three
+`make transformers-source` unpacks it into the virtual environment. Its common tests import three
 modules that the distribution leaves out; empty ones stand in, and what they would test is not run.
 """
 
-import os
 import sys
 import types
 from pathlib import Path
 
 import transformers
-from helpers import REPO
 
-FOLDER = Path(
-    os.environ.get("TRANSFORMERS_SOURCE")
-    or REPO / ".venv" / f"transformers-{transformers.__version__}"
-)
+FOLDER = Path(sys.prefix) / f"transformers-{transformers.__version__}"
 
 
 def _module(name: str, **contents) -> types.ModuleType:

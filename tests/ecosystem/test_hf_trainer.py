@@ -49,7 +49,7 @@ def train(model: DeepDeltaForCausalLM, folder: Path, collate=padded, **options: 
         "disable_tqdm": True,
     }
     arguments = TrainingArguments(str(folder), **{**fields, **options})
-    trainer = Trainer(model, arguments, train_dataset=ROWS, data_collator=collate)  # type: ignore[arg-type]
+    trainer = Trainer(model, arguments, train_dataset=ROWS, data_collator=collate)
     trainer.train()
     return next(row["loss"] for row in trainer.state.log_history if "loss" in row)
 
