@@ -12,3 +12,8 @@ def pytest_configure(config):
         names |= set(re.findall(r"\bmark\.(\w+)", file.read_text(encoding="utf-8")))
     for name in names - {"parametrize", "skip", "skipif"}:
         config.addinivalue_line("markers", f"{name}: transformers' own")
+
+
+def pytest_ignore_collect(config):
+    """Importing transformers' tests takes long by itself."""
+    return True if config.option.markexpr == "not slow" else None

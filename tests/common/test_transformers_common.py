@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers_source
 
+pytest.importorskip("parameterized", reason="needs the extra ecosystem")
 if not transformers_source.install():
     pytest.skip("needs `make transformers-source`", allow_module_level=True)
 
