@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all test-gpu mutants lint types clean
+ECOSYSTEM := $(VENV)/.ecosystem
+NEWEST := .venv-newest
+
+.PHONY: setup demo test test-all test-newest test-gpu transformers-source mutants lint types clean
 
 setup: $(READY)
 
@@ -24,8 +27,34 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 -m "not slow"
 
-test-all: $(READY)
+test-all: $(READY) $(ECOSYSTEM) transformers-source
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The tools that people use with the model (PEFT, TRL and so on), for tests/ecosystem.
+$(ECOSYSTEM): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ecosystem]'
+	touch $@
+
+# transformers' own tests, for tests/common: only its source distribution has them. Their folder is
+# meant to be a package, but has lost the file that says so.
+transformers-source: $(READY)
+	set -e; version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))'); \
+	source=$(VENV)/transformers-$$version; \
+	test -f $$source/tests/__init__.py || { \
+	  $(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(VENV)/sources "transformers==$$version"; \
+	  tar --extract --gzip --file $(VENV)/sources/transformers-$$version.tar.gz --directory $(VENV); \
+	  touch $$source/tests/__init__.py; \
+	}
+
+# Model and residuals with the newest transformers that pyproject.toml allows: an environment that
+# has it, and for everything else looks into the first one.
+test-newest: $(READY)
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)", sep="\n")' \
+	  > "$$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade "$$($(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*[d for d in project["dependencies"] if d.startswith("transformers")])')"
+	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(NEWEST)/bin/python -m pytest --numprocesses 2 -m "not slow" tests/model tests/residual
 
 # On the machine that has the GPU, with its own CUDA build of torch: PYTEST="python3 -m pytest". Tests are
 # named as they begin: GPUs can wait for each other for good.
@@ -44,4 +73,4 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,6 +10,7 @@ Importing the package registers the model family with transformers' Auto classes
 from deep_delta.model import (
     DeepDeltaConfig,
     DeepDeltaForCausalLM,
+    DeepDeltaForSequenceClassification,
     DeepDeltaModel,
     load_published,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "AdditiveResidual",
     "DeepDeltaConfig",
     "DeepDeltaForCausalLM",
+    "DeepDeltaForSequenceClassification",
     "DeepDeltaModel",
     "DeltaResidual",
     "__version__",
