@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first two calls of part A on a machine with two GPUs: bash first.sh 1, then bash first.sh 2 (under ten minutes each, four processes).
+# The first calls of part A on a machine with two GPUs: bash first.sh 1, then 2 (under ten minutes each, four processes) and 3 (six).
 #   DAT=folder-with-token-files  OUT=folder-for-rows  bash first.sh 1
 # Every training is 8 x 512, d_v = 1, about 130 seconds where two share a GPU. Rows are appended to $OUT as they come.
 set -u
@@ -8,7 +8,7 @@ small="rgain=1+cinit=published"; a="additive+bnorm"; r="@8e-3"
 train() {  # GPU NAME SPEC...
     local gpu=$1 name=$2; shift 2
     CUDA_VISIBLE_DEVICES=$gpu TORCHINDUCTOR_CACHE_DIR=/tmp/forms/$name/i TRITON_CACHE_DIR=/tmp/forms/$name/t OMP_NUM_THREADS=4 \
-        python3 -u "$here/forms.py" --out "$OUT/$name.jsonl" --seconds 588 "$@" >"$OUT/$name.log" 2>&1 &
+        python3 -u "$here/forms.py" --out "$OUT/$name.jsonl" --seconds 594 "$@" >"$OUT/$name.log" 2>&1 &
 }
 case ${1:-} in
 1)  train 0 a1 "$a=0.01$r" "$a=0.01+tgate=1$r" "$a=0.01$r#1" "$a=0.01+tgate=1$r#1"
@@ -19,7 +19,10 @@ case ${1:-} in
     train 0 b2 "mended+dv=1+$small+eps=1e-8$r" "$a=0.001$r" "mended+dv=1+$small+eps=1e-8$r#1" "$a=0.001$r#1"
     train 1 c2 "$a=0.1+$small+ec=1+noise=0.5$r" "mended+dv=1+$small$r#2" "$a=0.1+$small+ec=1+noise=0.5$r#1" "$a=0.1$r#1"
     train 1 d2 "writeonly+dv=1+zscale=0+ec=0+noise=0$r" "$a=0.01+ec=1+noise=0.5$r" "writeonly+dv=1+zscale=0+ec=0+noise=0$r#1" "$a=0.01+ec=1+noise=0.5$r#1" ;;
-*)  echo "bash first.sh 1 or 2" >&2; exit 2 ;;
+3)  c="$small+ec=1+noise=0.5"  # three a GPU
+    train 0 a3 "$a=0.01+$c$r"; train 0 b3 "$a=0.01+$c$r#1"; train 0 c3 "writeonly+dv=1+$small+zscale=0$r"
+    train 1 d3 "$a=0.01+$c+tgate=1$r"; train 1 e3 "$a=0.01+$c+tgate=1$r#1"; train 1 f3 "writeonly+dv=1+$small+zscale=0$r#1" ;;
+*)  echo "bash first.sh 1, 2 or 3" >&2; exit 2 ;;
 esac
 wait
 cut -c1-200 "$OUT"/*.log
