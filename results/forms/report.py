@@ -1,0 +1,148 @@
+"""Rebuilds the table in README.md and the plot from rows.jsonl and earlier.jsonl: python3 report.py"""
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+SMALL, NOISE = "+rgain=1+cinit=published", "+ec=1+noise=0.5"
+DIVERGED = 4.0  # nats: off the plot, in the table
+# What is changed: from the second form to the first, everything else equal unless the line says so.
+CONTRASTS = [
+    ("First writes shorter, additive: from 0.03", "additive+bnorm=0.03", "additive+bnorm=0.1"),
+    ("from 0.01", "additive+bnorm=0.01", "additive+bnorm=0.1"),
+    ("from 0.001", "additive+bnorm=0.001", "additive+bnorm=0.1"),
+    ("Token's gate, additive from 0.01", "additive+bnorm=0.01+tgate=1", "additive+bnorm=0.01"),
+    ("additive from 0.03", "additive+bnorm=0.03+tgate=1", "additive+bnorm=0.03"),
+    ("Cooler logit, mended as it is", "mended+dv=1+zscale=0.01", "mended+dv=1"),
+    ("Target from the token, small read", "writeonly+dv=1" + SMALL, "writeonly+dv=1" + SMALL + "+zscale=0"),
+    ("ε at 1e-5, not 1e-8 (gates' scale too)", "mended+dv=1" + SMALL, "mended+dv=1" + SMALL + "+eps=1e-8"),
+    ("EC and noise, mended, small read", "mended+dv=1" + SMALL, "mended+dv=1" + SMALL + "+ec=0+noise=0"),
+    ("write-only, zscale=0", "writeonly+dv=1+zscale=0", "writeonly+dv=1+zscale=0+ec=0+noise=0"),
+    ("additive from 0.01", "additive+bnorm=0.01" + NOISE, "additive+bnorm=0.01"),
+    ("Small read, mended, cool logit", "mended+dv=1" + SMALL, "mended+dv=1+zscale=0.01"),
+    ("write-only, zscale=0", "writeonly+dv=1" + SMALL + "+zscale=0", "writeonly+dv=1+zscale=0"),
+    ("additive from 0.01, EC and noise", "additive+bnorm=0.01" + SMALL + NOISE, "additive+bnorm=0.01" + NOISE),
+    ("DDL's write, small read, EC and noise: mended", "mended+dv=1" + SMALL, "additive+bnorm=0.01" + SMALL + NOISE),
+    ("write-only", "writeonly+dv=1" + SMALL, "additive+bnorm=0.01" + SMALL + NOISE),
+    ("Pilot's gap: mended − additive from 0.1", "mended+dv=1" + SMALL, "additive+bnorm=0.1"),
+    ("mended − best additive of call 1 and 2", "mended+dv=1" + SMALL, "additive+bnorm=0.01" + NOISE),
+]  # fmt: skip
+
+
+def read() -> dict[str, list[dict]]:
+    forms = defaultdict(list)
+    for name in ("earlier.jsonl", "rows.jsonl"):
+        for line in (HERE / name).read_text().splitlines():
+            row = json.loads(line)
+            forms[row["spec"].partition("@")[0]].append(row)
+    return forms
+
+
+def mean(rows: list[dict], key: str = "val") -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
+def logged(rows: list[dict], key: str, start: bool = False) -> float | None:
+    """Mean over sublayers and seeds, before step 1 or at the end; None where it was not logged."""
+    rows = [row for row in rows if "inside" in row]
+    places = [place for row in rows for place in (row["inside_during"]["0"] if start else row["inside"])]
+    found = [place[key] for place in places if key in place]
+    return statistics.mean(found) if found else None
+
+
+def with_noise(form: str) -> bool:
+    return "noise=0.5" in form or (not form.startswith("additive") and "noise=0" not in form)
+
+
+def table(forms: dict[str, list[dict]]) -> str:
+    lines = [
+        "| form | EC, noise | seeds | val, all 960 | largest − smallest | val, first 480 | first writes "
+        "| writes at the end | amplitude varies, at the end | gate varies, at first |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    figure = lambda x: "" if x is None else f"{x:.4f}" if x < 0.01 else f"{x:.2f}"  # noqa: E731
+    for form, rows in sorted(forms.items(), key=lambda item: mean(item[1])):
+        vals = [row["val"] for row in rows]
+        cells = [f"`{form}`", "yes" if with_noise(form) else "EC" if "ec=1" in form else "", len(rows)]
+        cells += [f"{mean(rows):.4f}", f"{max(vals) - min(vals):.4f}" if len(vals) > 1 else ""]
+        cells += [f"{mean(rows, 'val_480'):.4f}", figure(logged(rows, "length", True))]
+        cells += [figure(logged(rows, "length")), figure(logged(rows, "product_varies"))]
+        cells += [figure(logged(rows, "beta_varies", True))]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def pooled_deviation(forms: dict[str, list[dict]]) -> float:
+    groups = [[row["val"] for row in rows] for rows in forms.values() if len(rows) > 1]
+    squares = sum(statistics.variance(vals) * (len(vals) - 1) for vals in groups)
+    return (squares / sum(len(vals) - 1 for vals in groups)) ** 0.5
+
+
+def differences(forms: dict[str, list[dict]]) -> list[tuple[str, float, float, int, int]]:
+    """(what, difference of means, its standard error, seeds of both), where both were trained."""
+    found, deviation = [], pooled_deviation(forms)
+    for what, new, old in CONTRASTS:
+        if new in forms and old in forms:
+            a, b = len(forms[new]), len(forms[old])
+            error = deviation * (1 / a + 1 / b) ** 0.5
+            found.append((what, mean(forms[new]) - mean(forms[old]), error, a, b))
+    return found
+
+
+def plot(forms: dict[str, list[dict]]) -> None:
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 6), width_ratios=(1.2, 1, 1), layout="constrained")
+    rows = differences(forms)[::-1]
+    left.axvline(0, color="0.4", lw=1)
+    left.axvspan(-0.02, 0.02, color="0.92")
+    for place, (_, difference, error, *_) in enumerate(rows):
+        left.errorbar(difference, place, xerr=2 * error, fmt="o", color="C0" if difference < 0 else "C1", capsize=3)
+    left.set(yticks=range(len(rows)), yticklabels=[f"{what}  ({a}, {b})" for what, _, _, a, b in rows])
+    left.set(xlabel="change of val, nats (± 2 standard errors)\ngrey: says nothing yet", title="What is changed (seeds)")
+    panels = (middle, "length", True, "length of a write / length of the state, before step 1"), (right, "product_varies", False, "standard deviation of β·v over tokens / RMS, at the end")  # fmt: skip
+    for axis, key, start, label in panels:
+        for form, group in forms.items():
+            additive, small = form.startswith("additive"), SMALL in form
+            x = logged(group, key, start)
+            if x is None and key == "product_varies" and "tgate" not in form:
+                x = 0.0  # additive without a gate: no amplitude of a token's own
+            if x is None or mean(group) > DIVERGED:
+                continue
+            color = "C2" if with_noise(form) else "C3"
+            marker = {"marker": "o" if additive else "s", "ms": 8, "mfc": color if small else "none", "mec": color}
+            for row in group:
+                axis.plot(max(x, 2e-4) if start else x, row["val"], ls="", **marker)
+        axis.set(xlabel=label, ylabel="val, nats, all 960 sequences")
+        axis.grid(alpha=0.3)
+    middle.set(xscale="log", title="Length of the first writes (0 stands at 2e-4)")
+    right.set(title="A token's amplitude")
+    for name, marker, face, color in [
+        ("additive", "o", "none", "0.3"), ("d_v = 1 (DDL's write)", "s", "none", "0.3"), ("filled: read from 0.01", "s", "0.3", "0.3"),
+        ("EC with noise", "o", "C2", "C2"), ("without", "o", "C3", "C3"),
+    ]:  # fmt: skip
+        right.plot([], [], ls="", marker=marker, mfc=face, mec=color, label=name)
+    right.legend(fontsize=8)
+    for suffix in ("png", "svg"):
+        figure.savefig(HERE / f"what-makes-the-gain.{suffix}", dpi=110, metadata={"Date": None} if suffix == "svg" else None)
+
+
+def main() -> None:
+    forms = read()
+    lines = [f"{what}: {difference:+.4f} ± {error:.4f} ({a}, {b} seeds)" for what, difference, error, a, b in differences(forms)]
+    print(f"pooled standard deviation of a seed {pooled_deviation(forms):.4f}", *lines, sep="\n")
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    block = f"<!-- table: report.py -->\n{table(forms)}\n<!-- end of table -->"
+    readme.write_text(re.sub(r"<!-- table: report.py -->.*?<!-- end of table -->", lambda _: block, text, flags=re.DOTALL))
+    plot(forms)
+
+
+if __name__ == "__main__":
+    main()
