@@ -143,9 +143,11 @@ def document_starts(segments: Tensor | None) -> Tensor | None:
 
 
 def start(kernel: Any, programs: tuple[int, ...], arguments: tuple, options: dict) -> None:
-    """Launch a kernel; the first launch of its kind compiles it.
+    """Launch a kernel where its tensors lie; the first launch of its kind compiles it.
 
     Here and nowhere earlier: threads that compiled while torch.compile traced, and that a launch
     waited for, saved seconds of a cold start, and one training in 41 never began.
     """
-    kernel[programs](*arguments, **options)
+    first = next(value for value in arguments if isinstance(value, Tensor))
+    with torch.cuda.device_of(first):  # Triton takes the current device and its stream otherwise
+        kernel[programs](*arguments, **options)
