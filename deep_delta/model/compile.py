@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 
 from deep_delta.model.loss import linear_cross_entropy
 from deep_delta.model.modeling import DeepDeltaForCausalLM
@@ -32,19 +33,34 @@ def compile_layers(model: DeepDeltaForCausalLM) -> DeepDeltaForCausalLM:
     """
     decoder = model.model
     for part in (decoder.expand, *decoder.layers, decoder.readout, decoder.norm):
-        part.compile(fullgraph=True)
-        part._compiled_call_impl = _under_options(part._compiled_call_impl)
+        part.forward = Compiled(part)
     if model.linear_cross_entropy is linear_cross_entropy:
-        compiled = torch.compile(linear_cross_entropy, fullgraph=True)
-        model.linear_cross_entropy = _under_options(compiled)
+        model.linear_cross_entropy = compiled_alone(linear_cross_entropy)
     return model
 
 
-def _under_options(compiled: Callable) -> Callable:
-    """`compiled` with the options of dynamo that it needs, which hold for its own calls alone."""
+class Compiled:
+    """The forward of a module, compiled; equal modules share their graphs.
 
-    @functools.wraps(compiled)
-    def call(*args, **kwargs) -> Any:
+    A copy of the module, and one that was pickled, has a `Compiled` of its own.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.call = module, compiled_alone(type(module).forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.module, *args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return Compiled, (self.module,)
+
+
+def compiled_alone(function: Callable) -> Callable:
+    """`function` compiled, with options of dynamo that hold for its own calls alone."""
+    compiled = torch.compile(function, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
         with _options(max(torch._dynamo.config.recompile_limit, 64)):
             return compiled(*args, **kwargs)
 
@@ -54,7 +70,7 @@ def _under_options(compiled: Callable) -> Callable:
 @functools.cache  # entering one is three times cheaper than making one
 def _options(limit: int) -> AbstractContextManager:
     return torch._dynamo.config.patch(
-        # All modules that `Module.compile` has compiled count against one limit, 8 by default.
+        # First and later layers, training and evaluation, and shapes have graphs of their own.
         recompile_limit=limit,
         # DDP need not split the graphs for early gradients: a layer's come when it is done.
         optimize_ddp=False,

@@ -8,7 +8,7 @@ import torch
 from helpers import close, shaken, tiny_model, token_ids
 from torch._inductor.utils import run_and_get_code
 
-from deep_delta.model.compile import _under_options, compile_layers
+from deep_delta.model.compile import compile_layers, compiled_alone
 from deep_delta.model.loss import linear_cross_entropy
 
 # Expansion, first layer (nothing pending), the other layers, readout, norm, loss.
@@ -115,7 +115,7 @@ def test_more_than_eight_graphs_and_dynamo_as_it_was(quick_compile):
 
 
 def test_options_hold_for_a_call_and_lower_no_limit():
-    options = _under_options(dynamo_options)
+    options = compiled_alone(dynamo_options)
     before = dynamo_options()
     assert options() == (64, False)
     with torch._dynamo.config.patch(recompile_limit=100):
