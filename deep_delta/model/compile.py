@@ -4,6 +4,11 @@ Compiling the model as a whole would take minutes for a deep one and unroll its 
 the time of one layer, whatever the depth.
 """
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 
 from deep_delta.model.loss import linear_cross_entropy
@@ -25,14 +30,32 @@ def compile_layers(model: DeepDeltaForCausalLM) -> DeepDeltaForCausalLM:
     Returns:
         The model it was given.
     """
-    # All modules that `Module.compile` has compiled count against one limit, which is 8 by default.
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 64)
-    # DDP need not split the graphs for the sake of early gradients: a layer's come when it is done.
-    config.optimize_ddp = False
     decoder = model.model
     for part in (decoder.expand, *decoder.layers, decoder.readout, decoder.norm):
         part.compile(fullgraph=True)
+        part._compiled_call_impl = _under_options(part._compiled_call_impl)
     if model.linear_cross_entropy is linear_cross_entropy:
-        model.linear_cross_entropy = torch.compile(linear_cross_entropy, fullgraph=True)
+        compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+        model.linear_cross_entropy = _under_options(compiled)
     return model
+
+
+def _under_options(compiled: Callable) -> Callable:
+    """`compiled` with the options of dynamo that it needs, which hold for its own calls alone."""
+
+    @functools.wraps(compiled)
+    def call(*args, **kwargs) -> Any:
+        with _options(max(torch._dynamo.config.recompile_limit, 64)):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+@functools.cache  # entering one is three times cheaper than making one
+def _options(limit: int) -> AbstractContextManager:
+    return torch._dynamo.config.patch(
+        # All modules that `Module.compile` has compiled count against one limit, 8 by default.
+        recompile_limit=limit,
+        # DDP need not split the graphs for early gradients: a layer's come when it is done.
+        optimize_ddp=False,
+    )

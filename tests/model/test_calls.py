@@ -13,7 +13,7 @@ from deep_delta import DeepDeltaForCausalLM
 from deep_delta.model.inputs import FOR_ATTENTION, WITHOUT_EFFECT
 from deep_delta.model.versions import NEWEST_TESTED, warn_if_untested
 
-FP32 = 2e-5
+FP32 = 1e-5
 VARIANTS = ("additive", "ddl-scalar", "ddl-cc", "ddl-tc")
 CONVOLUTIONS = ("ddl-cc", "ddl-tc", "ddl-tc-no-ec", "additive-ec")
 LENGTHS = [5, 1, 6]

@@ -1,5 +1,6 @@
 """Regional compilation: how many graphs, the same numbers, the same names, little memory."""
 
+import copy
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from helpers import close, shaken, tiny_model, token_ids
 from torch._inductor.utils import run_and_get_code
 
-from deep_delta.model.compile import compile_layers
+from deep_delta.model.compile import _under_options, compile_layers
 from deep_delta.model.loss import linear_cross_entropy
 
 # Expansion, first layer (nothing pending), the other layers, readout, norm, loss.
@@ -82,6 +83,52 @@ def test_checkpointed_layers_compile_too(quick_compile):
     assert quick_compile() == GRAPHS
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
         close(parameter.grad, other.grad, atol=1e-6, rtol=1e-5)
+
+
+def dynamo_options():
+    config = torch._dynamo.config
+    return config.recompile_limit, config.optimize_ddp
+
+
+@pytest.mark.slow
+def test_more_than_eight_graphs_and_dynamo_as_it_was(quick_compile):
+    """Dynamo's options hold for the model's calls alone, whenever the first one comes."""
+    before, seen, ids = dynamo_options(), [], token_ids(2, 4)
+    models = [tiny_model(variant, num_hidden_layers=9) for variant in ("ddl-cc", "ddl-tc")]
+    for model in models:
+        compile_layers(model)
+    assert dynamo_options() == before
+    for model in models:
+        loss_of(model.train(), ids).backward()
+        with torch.no_grad():
+            loss_of(model.eval(), ids)
+        assert dynamo_options() == before
+    # Expansion, norm and loss serve both; the layers' and the readout's differ.
+    assert quick_compile() == 2 * (GRAPHS + 3)
+
+    def somebody_elses(graph, inputs):
+        seen.append(dynamo_options())
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=somebody_elses)(torch.ones(2))
+    assert seen == [before]
+
+
+def test_options_hold_for_a_call_and_lower_no_limit():
+    options = _under_options(dynamo_options)
+    before = dynamo_options()
+    assert options() == (64, False)
+    with torch._dynamo.config.patch(recompile_limit=100):
+        assert options() == (100, False)
+    assert dynamo_options() == before
+
+
+def test_copy_of_a_compiled_model_computes_with_its_own_weights():
+    model = compile_layers(tiny_model())
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.model.norm.weight.zero_()
+        assert not copied(token_ids(1, 3)).logits.any()
 
 
 def test_another_loss_is_left_alone():

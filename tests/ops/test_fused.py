@@ -220,6 +220,38 @@ def test_numbers_may_be_large_or_small(size, length, taps):
     right(case.read, tensors)
 
 
+def test_gradients_that_are_one_number_are_judged_by_the_terms_they_sum():
+    """Over many draws, since a sum that cancels by chance makes any single error look large."""
+    errors = {"reference": [], "triton": []}
+    for seed in range(32):
+        tensors = {
+            "state": normal(1, 63, 1, seed=seed),
+            "direction": normal(1, 63, seed=seed + 100) * 1e4,
+            "value": normal(1, 1, seed=seed + 200),
+            "gate": normal(1, seed=seed + 300),
+        }
+
+        def rewrite(backend, **inputs):
+            return (delta_rewrite(**inputs, backend=backend),)
+
+        exact = measure(rewrite, tensors, "reference", exact=True)
+        key = tensors["direction"] / tensors["direction"].norm()
+        grad = normal(1, 63, 1, seed=90)  # about `measure`'s: only its size matters
+        terms = (key[..., None] * grad).abs().sum()
+        read = (key[..., None] * tensors["state"]).abs().sum()
+        sizes = {
+            "gradient of value": tensors["gate"].abs().max() * terms,
+            "gradient of gate": (tensors["value"].abs().max() + read) * terms,
+        }
+        for backend, found in errors.items():
+            got = measure(rewrite, tensors, backend)
+            found.append(
+                [((got[n].cpu() - exact[n].cpu()).abs().max() / size) for n, size in sizes.items()]
+            )
+    reference, fused = (torch.tensor(found).amax(0) for found in errors.values())
+    assert (fused <= 2 * reference + torch.finfo().eps).all()
+
+
 @cases(
     Case(channels=2, tokens=3),
     Case("plain", channels=1, taps=None, tokens=3),
