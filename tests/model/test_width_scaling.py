@@ -87,10 +87,10 @@ def test_two_layer_gate_scales_where_it_reads_the_width():
 def test_target_grows_like_the_root_of_the_width(case):
     """A write is β k v √m: with the erase off, four times the width writes twice as far."""
     model = widened(case, 4)
-    residual = model.model.layers[0].mlp_residual
+    residual = model.model.layers[0].attn_residual
     plain = tiny_model(case, **{n: getattr(model.config, n) for n in (
         "hidden_size", "num_attention_heads", "num_key_value_heads")})  # fmt: skip
-    other = plain.model.layers[0].mlp_residual
+    other = plain.model.layers[0].attn_residual
     other.load_state_dict(shaken(residual, 0.1).state_dict())
     state = model.model.expand(torch.randn(1, 3, 128))
     targets = [r(state, torch.nn.Identity()).target for r in (residual, other)]
