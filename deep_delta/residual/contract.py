@@ -100,7 +100,7 @@ class TokenWindow:
             x = x * self.mask.view(self.mask.shape + (1,) * (x.ndim - 2)).to(x.dtype)
         if self.cache is None:
             return x
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             raise ValueError(
                 "an exported model cannot keep what its convolutions saw in a cache: export it "
                 "with use_cache=False"
@@ -111,6 +111,15 @@ class TokenWindow:
             channels_first, layer, index, conv_kernel_size=kernel_size
         )
         return seen.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+# Before, dynamo took every graph that it traced for one that is exported.
+_DYNAMO_KNOWS_EXPORT = torch.__version__ >= "2.13"  # compared as versions
+
+
+def _is_exporting() -> bool:
+    is_traced_by_dynamo = torch.compiler.is_dynamo_compiling() and not _DYNAMO_KNOWS_EXPORT
+    return torch.compiler.is_exporting() and not is_traced_by_dynamo
 
 
 def documents(window: TokenWindow | None, x: Tensor) -> Tensor | None:
