@@ -121,3 +121,10 @@ def test_core_needs_only_torch_and_transformers():
     core -= {"liger_kernel"}  # the extra `liger`, imported by the function that needs it
     core -= {"huggingface_hub", "packaging", "safetensors"}  # dependencies of transformers
     assert core == {"torch", "transformers", "deep_delta"}
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "ops").rglob("*.py")), ids=str)
+def test_kernels_wait_for_nobody(file):
+    """No thread and no process compiles for a launch, which one training in 41 then waited for."""
+    starts = {"threading", "concurrent", "multiprocessing", "subprocess", "asyncio"}
+    assert not {name.split(".")[0] for name in imports(file)} & starts
