@@ -50,6 +50,12 @@ def check_complete(given: Mapping[str, Any], fields: Collection[str]) -> None:
                 f"the configuration lacks {field!r}, and a default could be another model: put the "
                 f"value back that was saved (DeepDeltaConfig(...) makes a new one from defaults)"
             )
+    rope = given.get("rope_parameters")
+    if written and not (isinstance(rope, Mapping) and "rope_theta" in rope):
+        raise ValueError(
+            "the configuration's rope_parameters lack 'rope_theta', and a default could be another "
+            "model: put the value back that was saved"
+        )
 
 
 def near_miss(key: str, fields: Collection[str]) -> str | None:

@@ -72,13 +72,16 @@ def one_of(past_key_values: Any, cache: Any) -> Any:
     """The cache, which may come under either name.
 
     Raises:
-        ValueError: two different ones, or tuples of keys and values.
+        ValueError: two different ones, or keys and values as they are.
     """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values and cache are two names of one thing: give one of them")
     given = cache if past_key_values is None else past_key_values
-    if isinstance(given, tuple | list):
-        raise ValueError("a cache must be a transformers Cache, such as DynamicCache, not a tuple")
+    if isinstance(given, tuple | list | dict | Tensor):
+        kind = type(given).__name__
+        raise ValueError(
+            f"a cache must be a transformers Cache, such as DynamicCache, not a {kind}"
+        )
     return given
 
 
@@ -122,23 +125,44 @@ def what_is_seen(
     Raises:
         ValueError: a mask that convolutions over tokens cannot follow.
     """
-    length = embeddings.shape[1]
+    batch, length = embeddings.shape[:2]
     nothing = mask is None and cache is None
+    before = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    if isinstance(mask, Tensor):
+        mask = checked(mask, before, length).to(embeddings.device)
+    own = torch.arange(length, device=embeddings.device) + before  # the columns of these tokens
     if nothing and positions is None:
         positions = positions_from_keywords(keywords, embeddings)
-    tokens, segments = what_convolutions_see(mask, length) if config.convolves else (None, None)
+    tokens, segments = what_convolutions_see(mask, own) if config.convolves else (None, None)
     if nothing and positions is not None:
         segments = find_packed_sequence_indices(positions)
     elif segments is not None and cache is not None:
         raise ValueError("a mask with several documents cannot be continued by a cache")
     masks = attention_masks(config, embeddings, mask, positions, cache)
     if positions is None:
-        positions = positions_from_mask(mask, length)
-    if positions is None:
-        before = 0 if cache is None else cache.get_seq_length()
-        positions = (torch.arange(length, device=embeddings.device) + before).unsqueeze(0)
+        positions = positions_from_mask(mask, own)
     # While a graph is traced, nobody knows whether positions restart.
-    return Seen(masks, positions, tokens, segments, segments is None or is_traced())
+    may_be_continued = segments is None or is_traced()
+    segments = None if segments is None else segments.expand(batch, -1)
+    return Seen(masks, positions, tokens, segments, may_be_continued)
+
+
+def checked(mask: Tensor, before: int | Tensor, length: int) -> Tensor:
+    """The mask, if it has a column for each of so many earlier and these tokens.
+
+    Raises:
+        ValueError: it has not, or another number of dimensions than two or four.
+    """
+    if mask.ndim not in (2, 4):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; it must be (B, S) or (B, heads, T, S)"
+        )
+    if isinstance(before, int) and mask.shape[-1] < before + length:
+        raise ValueError(
+            f"attention_mask has {mask.shape[-1]} columns; with {before} tokens in the cache and "
+            f"{length} new ones it must have {before + length}"
+        )
+    return mask
 
 
 def attention_masks(
@@ -174,16 +198,17 @@ def positions_from_keywords(keywords: dict[str, Any], embeddings: Tensor) -> Ten
     return positions_from_starts(starts.index_fill(0, ends.long(), True)[:length].unsqueeze(0))
 
 
-def positions_from_mask(mask: Any, length: int) -> Tensor | None:
-    """Positions (B, T) of the last T tokens: padding is not counted, each document from 0.
+def positions_from_mask(mask: Any, own: Tensor) -> Tensor:
+    """Positions of the tokens whose columns are `own` (T,), (B, T) or (1, T).
 
-    None for a mask that does not say.
+    Padding is not counted, and documents count from 0 each, where the mask says what is which.
     """
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 2:
-        return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
-    return positions_from_starts(document_starts(mask)) if mask.shape[-1] == length else None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return (mask.long().cumsum(-1) - 1).clamp_min(0).index_select(-1, own)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        found = read_documents(mask, own)
+        return torch.where(found.agrees, found.positions, own)
+    return own.unsqueeze(0)
 
 
 def positions_from_starts(starts: Tensor) -> Tensor:
@@ -192,7 +217,7 @@ def positions_from_starts(starts: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(-1).values
 
 
-def what_convolutions_see(mask: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+def what_convolutions_see(mask: Any, own: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """A token mask, 0 for padding, and document numbers, (B, T) each, None where there is one kind.
 
     Raises:
@@ -200,14 +225,27 @@ def what_convolutions_see(mask: Any, length: int) -> tuple[Tensor | None, Tensor
     """
     if mask is None:
         return None, None
-    if isinstance(mask, dict):
-        return mask.get("linear_attention"), None
+    if isinstance(mask, dict):  # of these tokens alone
+        mask, own = mask.get("linear_attention"), own - own[0]
+        return None if mask is None else token_mask(mask, own), None
     if not isinstance(mask, Tensor):
         raise ValueError(
             f"a mask of type {type(mask).__name__} does not say what the convolutions over tokens "
             "may see: give attention_mask (B, T)"
         )
-    return (token_mask(mask, length), None) if mask.ndim == 2 else read_documents(mask)
+    if mask.ndim == 2:
+        return token_mask(mask, own), None
+    found = read_documents(mask, own)
+    if not bool(found.agrees):
+        raise ValueError(
+            "a mask of four dimensions must be causal attention within documents, because the "
+            "convolutions over tokens must see the same: give attention_mask (B, T), or "
+            "position_ids that restart at every document and use_cache=False"
+        )
+    return (
+        None if bool(found.real.all()) else found.real,
+        found.segments if bool(found.segments.any()) else None,
+    )
 
 
 def is_traced() -> bool:
@@ -215,51 +253,59 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def token_mask(mask: Tensor, tokens: int) -> Tensor | None:
-    """(B, T), 0 for padding, of the last T tokens of a mask (B, S); None where none is padding.
+def token_mask(mask: Tensor, own: Tensor) -> Tensor | None:
+    """(B, T), 0 for padding: the columns `own` (T,) of a mask (B, S). None where none is padding.
 
     While a graph is traced nobody may look, and the mask stays.
-    """
-    own = mask[:, -tokens:]
-    return None if not is_traced() and bool(own.all()) else own.contiguous()
-
-
-def allowed(mask: Tensor) -> Tensor:
-    """Of a mask (B, heads, T, S) that attention takes, where it lets a token look: bool."""
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-def document_starts(mask: Tensor) -> Tensor:
-    """(B, T): the tokens that may not look at the one before them, mask (B, heads, T, T)."""
-    before = allowed(mask)[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
-    return F.pad(~before, (1, 0), value=True)
-
-
-def read_documents(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The padding and the documents that a mask (B, heads, T, S) stands for.
-
-    Returns:
-        A token mask (B, T), 0 for padding, None where there is none; and document numbers (B, T),
-        None where there is one document.
 
     Raises:
-        ValueError: the mask is not causal attention within documents.
+        ValueError: padding between tokens, which convolutions would see in place of the text.
     """
-    may_look = allowed(mask)
-    before = mask.shape[-1] - mask.shape[-2]
-    own = may_look[..., before:]
-    segments = document_starts(mask[..., before:]).long().cumsum(-1)
-    real = own[:, 0].diagonal(dim1=-2, dim2=-1)
+    if not is_traced():
+        past = mask[:, : int(own[-1]) + 1].bool()
+        if bool(past.all()):
+            return None
+        if bool((past[:, 1:] & ~past[:, :-1]).sum(-1).add(past[:, 0]).gt(1).any()):
+            raise ValueError(
+                "the mask has padding inside a text, which the convolutions over tokens would see: "
+                "pad on the left"
+            )
+    return mask.index_select(-1, own)
+
+
+class Documents(NamedTuple):
+    """What a mask (B, heads, T, S) means if it is causal attention within documents."""
+
+    agrees: Tensor  # bool, whether it is that
+    real: Tensor  # (B, T) bool, false for padding
+    segments: Tensor  # (B, T), the number of each token's document, from 0 along T
+    positions: Tensor  # (B, T), within the document, counting what came before T too
+
+
+def read_documents(mask: Tensor, own: Tensor) -> Documents:
+    """Documents and padding in a mask (B, heads, T, S) that attention takes.
+
+    own (T,) are the columns of the tokens themselves. Those before are a cache's, which must be one
+    document with them; those behind must be hidden. Nobody waits for the GPU here.
+    """
+    may_look = mask if mask.dtype == torch.bool else mask == 0
+    column, row = torch.arange(mask.shape[-1], device=mask.device), own.unsqueeze(-1)
+    first = may_look[:, 0]  # of all heads, which must be alike
+    seen = first.index_select(-1, own)
+    real = seen.diagonal(dim1=-2, dim2=-1)
+    index = torch.arange(len(own), device=mask.device)
+    previous = F.pad(torch.where(real, index, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    follows = seen.gather(-1, previous.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    segments = (real & (previous >= 0) & ~follows).long().cumsum(-1)
     same = segments.unsqueeze(-1) == segments.unsqueeze(-2)
-    expected = (same & real.unsqueeze(-2)).tril().unsqueeze(1)
-    agrees = ((own == expected) | ~real[:, None, :, None]).all() & real.any(-1).all()
-    one = bool((segments == 1).all())
-    if before:  # what a cache keeps of earlier tokens must be one document with these
-        agrees = agrees & may_look[..., :before].all() & one
-    if not bool(agrees):
-        raise ValueError(
-            "a mask of four dimensions must be causal attention within documents, because the "
-            "convolutions over tokens must see the same: give attention_mask (B, T), or "
-            "position_ids that restart at every document and use_cache=False"
-        )
-    return None if bool(real.all()) else real, None if one else segments
+    expected = (same & real.unsqueeze(-2)).tril()
+    past = first & (column < own[0])
+    agrees = (may_look == first.unsqueeze(1)).all()
+    agrees = agrees & ((seen == expected) | ~real.unsqueeze(-1)).all() & real.any(-1).all()
+    # The last token sees of the past what all see, and something if there is any.
+    agrees = agrees & ((past == past[:, -1:]) | ~real.unsqueeze(-1)).all()
+    agrees = agrees & ((own[0] == 0) | ((segments == 0).all() & past[:, -1].any(-1).all()))
+    agrees = agrees & ~(first & (column > row.amax())).any()
+    if mask.dtype != torch.bool:  # a bias is more than a mask
+        agrees = agrees & ((mask == 0) | (mask <= -1e4)).all()
+    return Documents(agrees, real, segments, (first.sum(-1) - 1).clamp_min(0))

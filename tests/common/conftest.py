@@ -2,7 +2,18 @@
 
 import re
 
+import pytest
 import transformers_source
+from transformers.utils import logging
+
+
+@pytest.fixture(autouse=True)
+def _as_loud_as_ever():
+    """They read what is logged, and our commands, tested in the same process, quiet transformers."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield
+    logging.set_verbosity(before)
 
 
 def pytest_configure(config):

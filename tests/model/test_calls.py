@@ -1,12 +1,13 @@
 """What comes with a call: keywords, caches under two names, masks, positions, documents."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from helpers import close, one_line_error, shaken, tiny_model, token_ids
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.models.auto import modeling_auto
 
 from deep_delta import DeepDeltaForCausalLM
@@ -235,12 +236,13 @@ def test_mask_of_four_dimensions_with_a_cache(variant):
     cache = DynamicCache(config=model.config)
     causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
     first = model(ids[:, :7], attention_mask=causal[..., :7, :7], past_key_values=cache).logits
+    copied = copy.deepcopy(cache)
     rest = model(ids[:, 7:], attention_mask=causal[..., 7:, :], past_key_values=cache).logits
     close(torch.cat([first, rest], 1), full, atol=FP32)
     border = causal.clone()
     border[..., 7:, :7] = False
     one_line_error(
-        lambda: model(ids[:, 7:], attention_mask=border[..., 7:, :], past_key_values=cache),
+        lambda: model(ids[:, 7:], attention_mask=border[..., 7:, :], past_key_values=copied),
         "documents",
     )
     fresh = DynamicCache(config=model.config)
@@ -254,6 +256,108 @@ def test_mask_of_an_unknown_kind_is_refused():
     one_line_error(
         lambda: model_of("ddl-tc")(token_ids(1, 3), attention_mask="causal"), "str", "(B, T)"
     )
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("static", [False, True])
+@every_variant
+@torch.no_grad()
+def test_mask_may_be_wider_than_what_was_seen(variant, static, ahead):
+    """As wide as a static cache, of whatever stands there; with padding on the left or not."""
+    model, ids = model_of(variant, qk_norm="after_rope"), token_ids(2, 12)
+    mask = torch.full((2, 20), ahead)
+    mask[:, :12], mask[1, :3] = 1, 0
+    expected = model(ids, attention_mask=mask[:, :12]).logits
+    for wide in (mask, four_dimensional(mask)):
+        cache = DynamicCache(config=model.config)
+        if static:
+            cache = StaticCache(config=model.config, max_cache_len=20)
+        logits = []
+        for start, end in ((0, 6), (6, 7), (7, 12)):
+            seen = wide[:, :, start:end] if wide.ndim == 4 else wide
+            if not static and wide.ndim == 4:  # attention wants these to fit
+                seen = seen[..., :end]
+            out = model(ids[:, start:end], attention_mask=seen, past_key_values=cache)
+            logits.append(out.logits)
+        close(torch.cat(logits, 1)[mask[:, :12].bool()], expected[mask[:, :12].bool()], atol=FP32)
+
+
+def four_dimensional(mask: Tensor) -> Tensor:
+    """(B, 1, S, S) bool, causal, without the padding of a mask (B, S)."""
+    columns = mask.shape[1]
+    return torch.ones(columns, columns, dtype=torch.bool).tril() & mask[:, None, None].bool()
+
+
+@every_variant
+@torch.no_grad()
+def test_padding_in_four_dimensions_goes_on_with_a_cache(variant):
+    model, ids = model_of(variant, qk_norm="after_rope"), token_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    expected = model(ids, attention_mask=mask).logits
+    whole = four_dimensional(mask)
+    first = model(ids[:, :7], attention_mask=whole[:, :, :7, :7], use_cache=True)
+    rest = model(ids[:, 7:], attention_mask=whole[:, :, 7:], past_key_values=first.past_key_values)
+    logits = torch.cat([first.logits, rest.logits], 1)
+    close(logits[mask.bool()], expected[mask.bool()], atol=FP32)
+
+
+@every_variant
+@torch.no_grad()
+def test_bias_and_other_patterns_are_no_documents(variant):
+    """A soft mask, and one that hides the token before: positions stay, convolutions refuse."""
+    model, ids = model_of(variant, qk_norm="after_rope"), token_ids(1, 12)
+    index = torch.arange(12)
+    distance = index[:, None] - index
+    soft = torch.zeros(12, 12).masked_fill(distance < 0, float("-inf")) - 0.1 * distance.abs()
+    dilated = (distance >= 0) & (distance != 1)
+    for mask in (soft[None, None], dilated[None, None]):
+
+        def call(mask=mask, **given):
+            return model(ids, attention_mask=mask, use_cache=False, **given).logits
+
+        if model.config.convolves:
+            one_line_error(call, "documents")
+        else:
+            close(call(), call(position_ids=index[None]), atol=FP32)
+
+
+@pytest.mark.parametrize("variant", CONVOLUTIONS)
+@torch.no_grad()
+def test_padding_inside_a_text_is_refused(variant):
+    """A hole, and text that goes on after padding on the right."""
+    model, ids = model_of(variant), token_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 5:8] = 0
+    one_line_error(lambda: model(ids, attention_mask=mask), "pad on the left")
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    longer = torch.cat([mask, mask[:, :1]], 1)
+    one_line_error(
+        lambda: model(ids[:, :1], attention_mask=longer, past_key_values=cache), "pad on the left"
+    )
+
+
+@torch.no_grad()
+def test_one_row_of_positions_serves_a_batch():
+    ids = token_ids(2, 12)
+    positions = packed("positions")["position_ids"]
+    for variant in VARIANTS:
+        model = model_of(variant)
+        expected = model(ids, position_ids=positions.expand(2, -1), use_cache=False).logits
+        close(model(ids, position_ids=positions, use_cache=False).logits, expected, atol=FP32)
+
+
+@torch.no_grad()
+def test_mask_that_does_not_fit_is_one_line():
+    model, ids = model_of("ddl-scalar"), token_ids(2, 4)
+    cache = model(ids, use_cache=True).past_key_values
+    one_line_error(
+        lambda: model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache), "4", "8"
+    )
+    one_line_error(lambda: model(ids, attention_mask=torch.ones(2, 4, 4)), "(2, 4, 4)")
+    one_line_error(lambda: model(ids, past_key_values=ids), "Tensor", "DynamicCache")
 
 
 # --- hidden states ------------------------------------------------------------------------------
@@ -305,8 +409,6 @@ def test_traced_call_with_positions_returns_its_cache(variant):
 @pytest.mark.parametrize("variant", ["additive", "ddl-cc", "ddl-tc"])
 def test_export_with_a_cache_is_refused_where_it_would_decode_wrongly(variant):
     """Executorch and others register keys and values alone: histories would be constants."""
-    from transformers import StaticCache
-
     model, ids = model_of(variant), token_ids(1, 4)
     cache = StaticCache(config=model.config, max_cache_len=8)
     with torch.no_grad():

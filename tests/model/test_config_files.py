@@ -162,6 +162,15 @@ def test_fields_of_the_first_version_that_named_itself():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "rope", [None, {}, {"rope_type": "default"}, {"rope_type": "default", "rope_teta": 500.0}]
+)
+def test_rotation_that_is_gone_from_a_file_is_missed(rope, folder):
+    edit(folder, rope_parameters=rope)
+    for read in readers(folder).values():
+        one_line_error(read, "rope_theta")
+
+
 @pytest.mark.parametrize("version", ["99.0", "soon", 3])
 def test_version_that_this_one_cannot_know(version, folder):
     edit(folder, deep_delta_version=version)

@@ -131,8 +131,9 @@ def test_generate_says_the_same_with_every_cache(case):
 @torch.no_grad()
 def test_beam_search_reorders_every_history(case):
     model = shaken(tiny_model(case), 0.1)
-    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "pad_token_id": 0}
     ids = token_ids(2, 5)
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(ids)  # a 0 among them is text
     assert torch.equal(
         model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
     )
@@ -211,6 +212,7 @@ def test_speculative_decoding_says_the_same(case):
     assistants = [shaken(tiny_model(case), 0.12), shaken(tiny_model("additive"), 0.1)]
     for length in (1, 3, 8):
         ids = token_ids(1, length)
+        options["attention_mask"] = torch.ones_like(ids)  # a 0 among them is text
         expected = model.generate(ids, use_cache=False, **options)
         looked_up = model.generate(ids, prompt_lookup_num_tokens=3, **options)
         assert torch.equal(looked_up, expected)
