@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 @pytest.fixture(autouse=True)
 def _as_loud_as_ever():
-    """They read what is logged, and our commands, tested in the same process, quiet transformers."""
+    """They read what is logged; our commands, tested in the same process, quiet transformers."""
     before = logging.get_verbosity()
     logging.set_verbosity_warning()
     yield
