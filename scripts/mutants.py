@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant("positions count padding", INPUTS, "positions = positions_from_mask(mask, length)",
            "pass", CALLS, "come_from_the_mask"),
     Mutant("chunk of one token takes padding for text", INPUTS,
-           "return None if not is_traced() and bool(own.all())", "return None if tokens == 1",
+           "return None if not is_traced() and bool(tokens.all())", "return None if len(own) == 1",
            CALLS, "come_from_the_mask"),
     Mutant("documents of a mask not verified", INPUTS, "if not bool(agrees):", "if False:", CALLS,
            "cannot_follow"),

@@ -256,21 +256,11 @@ def is_traced() -> bool:
 def token_mask(mask: Tensor, own: Tensor) -> Tensor | None:
     """(B, T), 0 for padding: the columns `own` (T,) of a mask (B, S). None where none is padding.
 
-    While a graph is traced nobody may look, and the mask stays.
-
-    Raises:
-        ValueError: padding between tokens, which convolutions would see in place of the text.
+    While a graph is traced nobody may look, and the mask stays. Padding inside a text stays in its
+    place: attention leaves it out, and convolutions see zeros there.
     """
-    if not is_traced():
-        past = mask[:, : int(own[-1]) + 1].bool()
-        if bool(past.all()):
-            return None
-        if bool((past[:, 1:] & ~past[:, :-1]).sum(-1).add(past[:, 0]).gt(1).any()):
-            raise ValueError(
-                "the mask has padding inside a text, which the convolutions over tokens would see: "
-                "pad on the left"
-            )
-    return mask.index_select(-1, own)
+    tokens = mask.index_select(-1, own)
+    return None if not is_traced() and bool(tokens.all()) else tokens
 
 
 class Documents(NamedTuple):

@@ -322,23 +322,6 @@ def test_bias_and_other_patterns_are_no_documents(variant):
             close(call(), call(position_ids=index[None]), atol=FP32)
 
 
-@pytest.mark.parametrize("variant", CONVOLUTIONS)
-@torch.no_grad()
-def test_padding_inside_a_text_is_refused(variant):
-    """A hole, and text that goes on after padding on the right."""
-    model, ids = model_of(variant), token_ids(2, 12)
-    mask = torch.ones_like(ids)
-    mask[1, 5:8] = 0
-    one_line_error(lambda: model(ids, attention_mask=mask), "pad on the left")
-    mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-    longer = torch.cat([mask, mask[:, :1]], 1)
-    one_line_error(
-        lambda: model(ids[:, :1], attention_mask=longer, past_key_values=cache), "pad on the left"
-    )
-
-
 @torch.no_grad()
 def test_one_row_of_positions_serves_a_batch():
     ids = token_ids(2, 12)
