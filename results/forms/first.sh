@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first calls of part A on a machine with two GPUs: bash first.sh 1, then 2 (under ten minutes each, four processes), 3 and 4 (a training a process); 5 and 6 are for one GPU.
+# The first calls of part A on a machine with two GPUs: bash first.sh 1, then 2 (under ten minutes each, four processes), 3 and 4 (a training a process); 5 is for one GPU.
 #   DAT=folder-with-token-files  OUT=folder-for-rows  bash first.sh 1
 # Every training is 8 x 512, d_v = 1, about 130 seconds where two share a GPU. Rows are appended to $OUT as they come.
 set -u
@@ -26,7 +26,6 @@ case ${1:-} in
     train 0 a4 "$a=0.01+$c$r"; train 1 b4 "$a=0.01+$c$r#1" ;;
 5)  e="ec=0+noise=0.5"   # which part of EC it is: noise alone, then EC alone
     train 0 a5 "writeonly+dv=1+$small+$e$r" "$a=0.01+$small+$e$r" "writeonly+dv=1+$small+$e$r#1" "$a=0.01+$small+$e$r#1"
-    [ -z "${FIRST:-}" ] || eval "$FIRST"
     train 0 b5 "writeonly+dv=1+$small+noise=0$r" "$a=0.01+$small+ec=1$r" "writeonly+dv=1+$small+noise=0$r#1" "$a=0.01+$small+ec=1$r#1" ;;
 *)  echo "bash first.sh 1, 2, 3, 4 or 5" >&2; exit 2 ;;
 esac
