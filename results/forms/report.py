@@ -27,6 +27,10 @@ CONTRASTS = [
     ("EC and noise, mended, small read", "mended+dv=1" + SMALL, "mended+dv=1" + SMALL + "+ec=0+noise=0"),
     ("EC and noise, write-only, zscale=0", "writeonly+dv=1+zscale=0", "writeonly+dv=1+zscale=0+ec=0+noise=0"),
     ("EC and noise, additive from 0.01", "additive+bnorm=0.01" + NOISE, "additive+bnorm=0.01"),
+    ("EC beside noise, write-only, small read", "writeonly+dv=1" + SMALL, "writeonly+dv=1" + SMALL + "+ec=0+noise=0.5"),
+    ("EC beside noise, additive, small read", "additive+bnorm=0.01" + SMALL + NOISE, "additive+bnorm=0.01" + SMALL + "+ec=0+noise=0.5"),
+    ("Noise beside EC, write-only, small read", "writeonly+dv=1" + SMALL, "writeonly+dv=1" + SMALL + "+noise=0"),
+    ("Noise beside EC, additive, small read", "additive+bnorm=0.01" + SMALL + NOISE, "additive+bnorm=0.01" + SMALL + "+ec=1"),
     ("Small read, mended, cool logit", "mended+dv=1" + SMALL, "mended+dv=1+zscale=0.01"),
     ("Small read, write-only, zscale=0", "writeonly+dv=1" + SMALL + "+zscale=0", "writeonly+dv=1+zscale=0"),
     ("Small read, additive from 0.01, EC, noise", "additive+bnorm=0.01" + SMALL + NOISE, "additive+bnorm=0.01" + NOISE),
@@ -61,8 +65,16 @@ def logged(rows: list[dict], key: str, start: bool = False) -> float | None:
     return statistics.mean(found) if found else None
 
 
+def extras(form: str) -> str:
+    """Which of EC and noise a form has; DDL's forms have both unless they say otherwise."""
+    additive = form.startswith("additive")
+    conv = "ec=1" in form or (not additive and "ec=0" not in form)
+    noise = "noise=0.5" in form or (not additive and "noise=0" not in form)
+    return {(True, True): "yes", (True, False): "EC", (False, True): "noise", (False, False): ""}[conv, noise]
+
+
 def with_noise(form: str) -> bool:
-    return "noise=0.5" in form or (not form.startswith("additive") and "noise=0" not in form)
+    return extras(form) == "yes"
 
 
 def table(forms: dict[str, list[dict]]) -> str:
@@ -74,7 +86,7 @@ def table(forms: dict[str, list[dict]]) -> str:
     figure = lambda x: "" if x is None else f"{x:.4f}" if x < 0.01 else f"{x:.2f}"  # noqa: E731
     for form, rows in sorted(forms.items(), key=lambda item: mean(item[1])):
         vals = [row["val"] for row in rows]
-        cells = [f"`{form}`", "yes" if with_noise(form) else "EC" if "ec=1" in form else "", len(rows)]
+        cells = [f"`{form}`", extras(form), len(rows)]
         cells += [f"{mean(rows):.4f}", f"{max(vals) - min(vals):.4f}" if len(vals) > 1 else ""]
         cells += [f"{mean(rows, 'val_480'):.4f}", figure(logged(rows, "length", True))]
         cells += [figure(logged(rows, "length")), figure(logged(rows, "product_varies"))]
