@@ -8,14 +8,15 @@ from torch import Tensor
 
 
 def captured(
-    call: Callable[[Tensor], Tensor], example: Tensor, *, pool: Any = None
-) -> Callable[[Tensor], Tensor]:
+    call: Callable[..., Tensor], *examples: Tensor, pool: Any = None
+) -> Callable[..., Tensor]:
     """`call` as a CUDA graph: queued by the host as one launch instead of one for each kernel.
 
     A training step of a small model has about a thousand kernels, and where the processor needs
     longer to launch them than the GPU to run them, the GPU waits. A model of this package reads
     nothing back from the GPU and allocates in the same order in every step, so its forward and
-    backward pass can be captured whole:
+    backward pass can be captured whole. Gradients that are there when it is captured are added to
+    where they lie; those that are None will lie in the graph's memory and are replaced:
 
         def forward_backward(ids):
             with torch.autocast("cuda", torch.bfloat16):
@@ -31,9 +32,9 @@ def captured(
             optimizer.step()
 
     Args:
-        call: takes a tensor on the GPU and returns one. It must have run once with this shape, so
+        call: takes tensors on the GPU and returns one. It must have run once with these shapes, so
             that nothing is left to compile, and may not look at values on the host.
-        example: shape and dtype of all that will come.
+        examples: shape and dtype of all that will come.
         pool: `torch.cuda.graph_pool_handle()`, shared by graphs of which none is replayed before
             what the one before has made was used; memory of its own by default.
 
@@ -41,17 +42,20 @@ def captured(
         A function like `call`. Each of its calls overwrites the tensor that the last one returned.
 
     Raises:
-        ValueError: `example` is not on a CUDA device.
+        ValueError: an example is not on a CUDA device.
     """
-    if example.device.type != "cuda":
-        raise ValueError(f"CUDA graphs need a tensor on a CUDA device, this is {example.device}")
-    given = example.clone()
+    for example in examples:
+        if example.device.type != "cuda":
+            where = example.device
+            raise ValueError(f"CUDA graphs need a tensor on a CUDA device, this is {where}")
+    given = [example.clone() for example in examples]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        result = call(given)
+        result = call(*given)
 
-    def replay(x: Tensor) -> Tensor:
-        given.copy_(x)
+    def replay(*tensors: Tensor) -> Tensor:
+        for place, tensor in zip(given, tensors, strict=True):
+            place.copy_(tensor)
         graph.replay()
         return result
 

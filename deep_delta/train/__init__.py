@@ -1,4 +1,4 @@
-"""Training: a recipe, and one run of it on Hugging Face's Trainer."""
+"""Training: a recipe, and one run of it."""
 
 from deep_delta.train.folder import Diverged, RunResult, read_result
 from deep_delta.train.metrics import read_metrics

@@ -1,40 +1,43 @@
 """Checkpoints that are whole or not there: written aside, hashed, made durable, then renamed."""
 
+import errno
 import json
+import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel
 
 from deep_delta.data.files import publish_folder, sha256_of, write_json_atomically
+from deep_delta.errors import UserError
+from deep_delta.train.processes import is_main, on_each, on_main
 
+PREFIX = "checkpoint-"  # before the step
 CONTENTS = "contents.json"  # size and SHA-256 of every other file
 STAGE = "unfinished"  # in the run folder: where a checkpoint is written
-# Trainer writes this pickle of its arguments and never reads it; recipe.yaml says it all.
-UNREAD = "training_args.bin"
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+OPTIMIZER = "optimizer.pt"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def step_of(checkpoint: Path) -> int | None:
     """The step of a folder named checkpoint-STEP, None for other names."""
-    prefix, _, step = checkpoint.name.rpartition("-")
-    return int(step) if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal() else None
+    step = checkpoint.name.removeprefix(PREFIX)
+    return int(step) if checkpoint.name.startswith(PREFIX) and step.isdecimal() else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first, whole or not."""
-    found = [
-        path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) is not None
-    ]
+    found = [path for path in folder.glob(f"{PREFIX}*") if step_of(path) is not None]
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
@@ -43,7 +46,6 @@ def publish(staged: Path, folder: Path, keep: int) -> None:
 
     A process killed at any moment leaves it whole in the run folder or not there at all.
     """
-    (staged / UNREAD).unlink(missing_ok=True)
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     contents = {
         path.relative_to(staged).as_posix(): {
@@ -109,24 +111,55 @@ def _put_aside(checkpoint: Path, kind: str, why: str) -> None:
     print(f"ddl: {checkpoint} {why}: put aside as {aside.name}", file=sys.stderr)
 
 
-def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None) -> None:
-    """Save the optimizer's state whole, by the parameters' names, whatever wraps or shards them.
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> None:
+    """Leave checkpoint-STEP in the run folder, whole; on an error what is there already stays.
 
-    All processes must call it, the main one with a path and the others with None.
+    All processes must call it; it holds whole tensors, whatever wraps or shards them, so that any
+    number of processes can go on from it. All but the newest `keep` are deleted.
     """
-    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    if path is not None:
-        torch.save(state, path)
+    stage = folder / STAGE
+    staged = stage / f"{PREFIX}{step}"
+    try:
+        save_weights(model, staged)
+        state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        on_main(lambda: torch.save(state, staged / OPTIMIZER))
+        on_main(lambda: publish(staged, folder, keep))
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        # torch's writer of zip files says where it broke off, and not that the disk is full.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(stage)) from error
+    finally:
+        if is_main():
+            shutil.rmtree(stage, ignore_errors=True)
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Load what `save_optimizer` saved, in every process; how many there are may have changed.
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Configuration and whole weights, as `from_pretrained` loads them; all processes must call it.
+
+    A tied tensor, which comes twice out of shards, is saved once.
+    """
+    state = get_model_state_dict(model, options=WHOLE)
+    once = {name: x for name, x in state.items() if name not in model.all_tied_weights_keys}
+    on_main(lambda: model.save_pretrained(folder, state_dict=once))
+
+
+def load_optimizer(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path
+) -> None:
+    """Load a checkpoint's optimizer state, in every process; how many there are may have changed.
 
     Learning rate, weight decay and momenta stay those that the optimizer was made with.
 
-    Errors: pickle.UnpicklingError for a file with anything but tensors, numbers and names.
+    Errors: UserError for a file with anything but tensors, numbers and names.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = on_each(lambda: _numbers(checkpoint / OPTIMIZER))
     settings = [
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
@@ -134,3 +167,13 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Pat
     set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def _numbers(path: Path) -> Any:
+    """What `torch.save` left; UserError unless it is tensors, numbers and names."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than numbers; it was not read: use another checkpoint"
+        ) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from deep_delta.accounting import flops_per_token
 from deep_delta.data import Manifest, TokenShards
@@ -17,18 +17,18 @@ from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.train.checkpoint import (
     STAGE,
-    UNREAD,
     checkpoints,
     fault,
     newest_whole,
     put_others_aside,
+    save_weights,
     step_of,
 )
-from deep_delta.train.groups import width_scaled_names
+from deep_delta.train.groups import decayed_names, width_scaled_names
 from deep_delta.train.metrics import read_metrics
 from deep_delta.train.processes import is_main, on_main, processes
-from deep_delta.train.recipe import Recipe, load_recipe, save_recipe
-from deep_delta.train.trainer import DeltaTrainer, NotFinite
+from deep_delta.train.recipe import REORDERS_SUMS, Recipe, load_recipe, save_recipe
+from deep_delta.train.stop import NotFinite
 
 try:
     import fcntl
@@ -184,8 +184,7 @@ def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig)
             )
     theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string(use_diff=False))
-    # What is stored and what is rebuilt changes no bit of the result.
-    skip = {"dtype", "architectures", "transformers_version", "use_cache", "rebuild"}
+    skip = {"dtype", "architectures", "transformers_version", "use_cache", *REORDERS_SUMS}
     changed = [
         f"{name}: {theirs[name]} -> {value}"
         for name, value in ours.items()
@@ -209,13 +208,13 @@ def check_disk(folder: Path, model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def save_weight_decay(trainer: DeltaTrainer, model: PreTrainedModel, path: Path) -> None:
+def save_weight_decay(model: PreTrainedModel, decay_residual: bool, path: Path) -> None:
     """List the tensors with and without weight decay, with their shapes.
 
     Under µP also those that learn more slowly than the others ("width_scaled"), and their factors
     on learning rate and weight decay.
     """
-    decayed = set(trainer.get_decay_parameter_names(model))
+    decayed = set(decayed_names(model, decay_residual))
     listing: dict[str, dict[str, Any]] = {"decayed": {}, "not_decayed": {}}
     for name, parameter in model.named_parameters():
         kind = "decayed" if name in decayed else "not_decayed"
@@ -250,17 +249,13 @@ def save_divergence(event: NotFinite, shards: TokenShards, seq_len: int, folder:
     )
 
 
-def save_final(
-    trainer: Trainer, model: DeepDeltaForCausalLM, data_folder: Path, final: Path
-) -> None:
+def save_final(model: DeepDeltaForCausalLM, data_folder: Path, final: Path) -> None:
     """Weights, configuration and tokenizer, complete or not there at all."""
     temporary = final.with_name(final.name + ".tmp")
     on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-    model.config.use_cache = True  # Trainer switches it off, but the model is to be used now
-    trainer.save_model(str(temporary))
+    save_weights(model, temporary)
     if not is_main():
         return
-    (temporary / UNREAD).unlink(missing_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(data_folder / name, temporary / name)
     publish_folder(temporary, final)

@@ -53,7 +53,7 @@ def parameter_groups(
 
     With m = `config.width_ratio` these learn at lr/m. AdamW takes lr·weight_decay off a weight, so
     that theirs is weight_decay·m: every tensor loses the same share in a step at every width. The
-    first group always learns at lr itself, which is what Trainer logs.
+    first group always learns at lr itself, which is what metrics.jsonl has.
     """
     ratio = model.config.width_ratio
     decayed, scaled = set(decayed_names(model, decay_residual)), set(width_scaled_names(model))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deep_delta.accounting import peak_flops
 from deep_delta.data.files import write_atomically
@@ -47,7 +46,7 @@ def _line(row: Row) -> str:
     return json.dumps(finite) + "\n"
 
 
-class MetricsWriter(TrainerCallback):
+class Metrics:
     """Writes metrics.jsonl and the progress line, and gives every row to `also`.
 
     Rows at logged steps: step, tokens, flops, seconds, loss, lr, grad_norm, tokens_per_s, on a GPU
@@ -55,6 +54,9 @@ class MetricsWriter(TrainerCallback):
     evaluations: step, tokens, flops, seconds, val_loss. `seconds` is training time, waiting for
     data included, without evaluation and saving; `tokens` counts input tokens and `flops` what
     they cost by `flops_per_token`; `loss` is the mean over the steps since the last row.
+
+    resumed_at: rows after this step are dropped from the file.
+    devices: how many share the work, for mfu.
     """
 
     def __init__(
@@ -63,95 +65,65 @@ class MetricsWriter(TrainerCallback):
         tokens_per_step: int,
         flops_per_token: float,
         resumed_at: int,
+        devices: int,
         progress: ProgressLine,
         also: Callable[[Row], None],
     ):
         self.path, self.tokens_per_step, self.progress = path, tokens_per_step, progress
-        self.flops_per_token, self.also = flops_per_token, also
+        self.flops_per_token, self.devices, self.also = flops_per_token, devices, also
         rows = keep_until(path, resumed_at) if is_main() else []
         self.seconds: float = rows[-1]["seconds"] if rows else 0.0
         self.last_step = resumed_at
         self.started = math.nan  # since when the present interval trains, or waits for its data
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
-        # A resumed state brings the intervals of the run before.
-        state.logging_steps, state.eval_steps = int(args.logging_steps), int(args.eval_steps or 0)
-        state.save_steps = int(args.save_steps)
+    def start_clock(self) -> None:
+        """The time since the last row was not training."""
         self.started = time.perf_counter()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
-        # Whatever else happens after a step happens after its log, which stops the clock and
-        # empties the running loss: an evaluation is not timed, and a checkpoint loses no loss.
-        control.should_log |= control.should_evaluate or control.should_save
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
+    def trained(self, step: int, loss: float, lr: float, grad_norm: float) -> None:
+        """A row of the steps since the last one, when the device has finished them."""
         elapsed = time.perf_counter() - self.started
         self.seconds += elapsed
-        steps = state.global_step - self.last_step
-        self.last_step = state.global_step
+        steps, self.last_step = step - self.last_step, step
         speed = steps * self.tokens_per_step / elapsed
         row = {
-            **self._position(state),
-            "loss": logs["loss"],
-            "lr": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
+            **self._position(step),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
             "tokens_per_s": round(speed, 1),
         }
         if torch.cuda.is_available():
             row["memory_bytes"] = torch.cuda.max_memory_allocated()
             most = peak_flops(torch.cuda.get_device_name())
             if most is not None:
-                row["mfu"] = round(speed * self.flops_per_token / (most * args.world_size), 4)
-        self._append(row, state, control)
-        if state.is_world_process_zero:
-            self.progress.update(state.global_step, logs["loss"], speed)
-        self.started = time.perf_counter()
+                row["mfu"] = round(speed * self.flops_per_token / (most * self.devices), 4)
+        self._append(row)
+        if is_main():
+            self.progress.update(step, loss, speed)
+        self.start_clock()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs,
-    ) -> None:
-        if metrics is None or "eval_loss" not in metrics:
-            return
-        self._append({**self._position(state), "val_loss": metrics["eval_loss"]}, state, control)
-        self.started = time.perf_counter()
+    def evaluated(self, step: int, val_loss: float) -> None:
+        """A row of an evaluation."""
+        self._append({**self._position(step), "val_loss": val_loss})
 
-    def _position(self, state: TrainerState) -> Row:
-        tokens = state.global_step * self.tokens_per_step
+    def flush(self) -> None:
+        """Make the rows durable."""
+        if is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+
+    def _position(self, step: int) -> Row:
+        tokens = step * self.tokens_per_step
         return {
-            "step": state.global_step,
+            "step": step,
             "tokens": tokens,
             "flops": tokens * self.flops_per_token,
             "seconds": round(self.seconds, 4),
         }
 
-    def _append(self, row: Row, state: TrainerState, control: TrainerControl) -> None:
-        if state.is_world_process_zero:
+    def _append(self, row: Row) -> None:
+        if is_main():
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(row))
-                if control.should_save:  # no checkpoint may outlive the rows before it
-                    file.flush()
-                    os.fsync(file.fileno())
             self.also(row)

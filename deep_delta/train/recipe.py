@@ -18,8 +18,10 @@ from deep_delta.errors import UserError
 _FREE_TO_CHANGE = {
     "out", "resume", "data", "log_every", "eval_every", "save_every", "keep_checkpoints",
     "trackers",
-    "parallel",  # like the number of processes: sums in another order
+    # These add in another order, as another number of processes does.
+    "parallel", "micro_batch_size", "gradient_checkpointing", "cuda_graphs",
 }  # fmt: skip
+REORDERS_SUMS = {"rebuild", "backend"}  # fields of the model's configuration, likewise
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -82,6 +84,10 @@ class Recipe:
     compile: bool = field(
         default=False, metadata={"help": "torch.compile layers and loss: a slow start, fast steps"}
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "replay each pass as a CUDA graph: one process, where launching limits"},
+    )
     loss: Literal["torch", "liger"] = field(
         default="torch", metadata={"help": "cross-entropy by torch, or by liger-kernel (GPU only)"}
     )
@@ -139,11 +145,17 @@ class Recipe:
 
     def differences(self, other: "Recipe") -> list[str]:
         """The fields in which another recipe would train another model, as "name: old -> new"."""
-        return [
-            f"{f.name}: {getattr(other, f.name)} -> {getattr(self, f.name)}"
-            for f in fields(self)
-            if f.name not in _FREE_TO_CHANGE and getattr(self, f.name) != getattr(other, f.name)
+        names = [f.name for f in fields(self) if f.name not in _FREE_TO_CHANGE | {"model"}]
+        changed = [
+            f"{name}: {getattr(other, name)} -> {getattr(self, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
         ]
+        ours, theirs = (
+            {name: value for name, value in recipe.model.items() if name not in REORDERS_SUMS}
+            for recipe in (self, other)
+        )
+        return changed + ([f"model: {theirs} -> {ours}"] if ours != theirs else [])
 
 
 def load_recipe(path: Path, *more: Path) -> Recipe:

@@ -1,14 +1,12 @@
-"""Train one model by a recipe, on Hugging Face's Trainer."""
+"""Train one model by a recipe, and leave its run folder."""
 
-import pickle
 from pathlib import Path
 
 import torch
 import torch._dynamo  # else the first optimizer step loads it, in somebody's timing
 from safetensors.torch import load_model
 from torch import nn
-from torch.utils.data import Subset
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from deep_delta.accounting import PeakMemory, flops_per_token
@@ -19,6 +17,7 @@ from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.model.compile import compile_layers
 from deep_delta.model.loss import LinearCrossEntropy, resolve_loss
 from deep_delta.train.checkpoint import step_of
+from deep_delta.train.devices import find_devices
 from deep_delta.train.folder import (
     FINAL,
     RESULT,
@@ -34,7 +33,8 @@ from deep_delta.train.folder import (
     save_result,
     save_weight_decay,
 )
-from deep_delta.train.metrics import MetricsWriter
+from deep_delta.train.loop import Loop
+from deep_delta.train.metrics import Metrics
 from deep_delta.train.processes import (
     is_main,
     lost_processes_named,
@@ -46,15 +46,8 @@ from deep_delta.train.processes import (
 )
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
+from deep_delta.train.stop import NotFinite, StopOnSignal
 from deep_delta.train.trackers import Trackers
-from deep_delta.train.trainer import (
-    DeltaTrainer,
-    NotFinite,
-    NumberedSequences,
-    StopOnSignal,
-    training_arguments,
-    warm_up,
-)
 
 
 class Interrupted(Exception):
@@ -90,8 +83,8 @@ def train(recipe: Recipe) -> RunResult:
 
 def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
     quiet_transformers()
-    config, arguments = model_config(recipe), training_arguments(recipe)
-    loss = _loss(recipe, arguments.device)
+    config, devices = model_config(recipe), find_devices(recipe)
+    loss = _loss(recipe, devices.device)
     data_folder = on_main(lambda: _data_folder(recipe))
     train_data, val_data, manifest = _datasets(recipe, data_folder, config)
     on_main(hold.take)
@@ -109,54 +102,46 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
         model = DeepDeltaForCausalLM(config)
         if checkpoint is not None:
             load_model(model, checkpoint / SAFE_WEIGHTS_NAME)
-        nn.Module.to(model, arguments.device)  # else FSDP2 would do so only after the warm-up
+        nn.Module.to(model, devices.device)  # else FSDP2 would do so only after the warm-up
         on_main(lambda: check_disk(folder, model, recipe))
         model.linear_cross_entropy = loss
         parameters = sum(p.numel() for p in model.parameters())  # shards have fewer
+        on_main(
+            lambda: save_weight_decay(model, recipe.decay_residual, folder / "weight_decay.json")
+        )
         if recipe.compile:
             # Else the graphs of a comparison's earlier runs would be looked through at every call.
             torch.compiler.reset()
             compile_layers(model)
-        trainer = DeltaTrainer(
-            recipe,
-            model=model,
-            args=arguments,
-            train_dataset=train_data,
-            eval_dataset=val_data,
-        )
         progress = ProgressLine(f"{recipe.variant} seed {recipe.seed}", recipe.steps, start)
-        per_step = recipe.batch_size * recipe.seq_len
-        cost = flops_per_token(config, recipe.seq_len)
-        rows = folder / "metrics.jsonl"
-        writer = MetricsWriter(rows, per_step, cost, start, progress, also=trackers.log)
+        metrics = Metrics(
+            folder / "metrics.jsonl",
+            tokens_per_step=recipe.batch_size * recipe.seq_len,
+            flops_per_token=flops_per_token(config, recipe.seq_len),
+            resumed_at=start,
+            devices=processes(),
+            progress=progress,
+            also=trackers.log,
+        )
         on_main(lambda: trackers.open(recipe, config, start))
-        stopper = StopOnSignal()
-        trainer.remove_callback(PrinterCallback)  # the progress line says it
-        trainer.add_callback(writer)
-        trainer.add_callback(stopper)
-        on_main(lambda: save_weight_decay(trainer, model, folder / "weight_decay.json"))
-        warm_up(trainer, model, train_data)
+        evaluated = list(range(min(recipe.eval_sequences or len(val_data), len(val_data))))
+        loop = Loop(recipe, devices, model, train_data, val_data, evaluated, metrics, folder)
         wait_for_all()  # out of memory in one process, say, ends all of them here
+        if checkpoint is not None:
+            loop.resume(checkpoint, start)
         not_finite: NotFinite | None = None
+        stopped_by = None
         try:
-            if start < recipe.steps:  # else only what follows the last step is missing
-                with stopper:
-                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except pickle.UnpicklingError:
-            refusal = UserError(
-                f"{checkpoint} has a file that holds more than numbers; it was not read: "
-                "use another checkpoint"
-            )
-            refusal.in_all = False  # each process has a rng_state of its own
-            raise refusal from None
+            stopped_by = loop.run(StopOnSignal())
         except NotFinite as event:
             not_finite = event
-        step, stopped_by = trainer.state.global_step, stopper.agree()
-        if stopped_by is not None and step < recipe.steps and not_finite is None:
-            _finish(progress, f"interrupted at step {step}, checkpoint saved")
+        finally:
+            devices.accelerator.free_memory()
+        if stopped_by is not None and loop.step < recipe.steps:
+            _finish(progress, f"interrupted at step {loop.step}, checkpoint saved")
             raise Interrupted(stopped_by)
     if not_finite is not None:
-        met, shards = not_finite, train_data.data.shards
+        met, shards = not_finite, train_data.shards
         line = on_main(lambda: save_divergence(met, shards, recipe.seq_len, folder))
         on_main(
             lambda: save_result(
@@ -165,7 +150,7 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
         )
         _finish(progress, "diverged")
         raise Diverged(line)
-    save_final(trainer, model, data_folder, folder / FINAL)
+    save_final(model, data_folder, folder / FINAL)
     result = on_main(
         lambda: save_result(recipe, config, parameters, folder, memory.bytes, made_with)
     )
@@ -220,7 +205,7 @@ def _opened(folder: Path) -> list[TokenShards]:
 
 def _datasets(
     recipe: Recipe, folder: Path, config: DeepDeltaConfig
-) -> tuple[NumberedSequences, Subset, Manifest]:
+) -> tuple[PackedSequences, PackedSequences, Manifest]:
     train_shards, val_shards = on_each(lambda: _opened(folder))
     check_tokenizer(train_shards.manifest, config.vocab_size)
     config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
@@ -232,8 +217,4 @@ def _datasets(
             f"batch of {recipe.batch_size}"
         )
     val_data = PackedSequences(val_shards, recipe.seq_len, mask_documents=mask)
-    limit = min(recipe.eval_sequences or len(val_data), len(val_data))
-    # Whole batches only, so that every step of every epoch has the tokens it says it has.
-    whole = len(train_data) - len(train_data) % recipe.batch_size
-    train_part = NumberedSequences(train_data, whole)
-    return train_part, Subset(val_data, range(limit)), train_shards.manifest
+    return train_data, val_data, train_shards.manifest

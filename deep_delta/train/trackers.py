@@ -1,7 +1,7 @@
 """Trackers: the rows of metrics.jsonl, as they are written, to TensorBoard, W&B and Trackio.
 
-Trainer's own integrations are not used: they log Trainer's numbers, which are others under other
-names, and a resumed run would begin a new curve or repeat a piece of the old one.
+accelerate's own are not used: with them a resumed run would begin a new curve or repeat a piece of
+the old one.
 """
 
 import contextlib

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from train.micro import make_data
 
-from deep_delta.train.trainer import DeltaTrainer
+from deep_delta.train.loop import Loop
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +17,13 @@ def micro_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches(monkeypatch):
     """The input ids of every training pass, in order."""
     seen = []
-    step = DeltaTrainer.training_step
+    one_pass = Loop.forward_backward
 
-    def recorded(self, model, inputs, *rest):
-        seen.append(inputs["input_ids"].clone())
-        return step(self, model, inputs, *rest)
+    def recorded(self, batch, count):
+        seen.append(batch["input_ids"].clone())
+        return one_pass(self, batch, count)
 
-    monkeypatch.setattr(DeltaTrainer, "training_step", recorded)
+    monkeypatch.setattr(Loop, "forward_backward", recorded)
     return seen
 
 
@@ -33,15 +33,15 @@ def at_pass(monkeypatch):
 
     def plan(number, action):
         passes = 0
-        step = DeltaTrainer.training_step
+        one_pass = Loop.forward_backward
 
-        def planned(self, *arguments):
+        def planned(self, batch, count):
             nonlocal passes
             passes += 1
             if passes == number:
                 action()
-            return step(self, *arguments)
+            return one_pass(self, batch, count)
 
-        monkeypatch.setattr(DeltaTrainer, "training_step", planned)
+        monkeypatch.setattr(Loop, "forward_backward", planned)
 
     return plan

@@ -1,7 +1,5 @@
 """The recipe's `compile` and `loss`: every variant the same way, and the run folder as ever."""
 
-import functools
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -9,7 +7,7 @@ from train.micro import equal_weights, losses, micro_recipe, user_error
 
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.train import train
-from deep_delta.train.trainer import DeltaTrainer
+from deep_delta.train.loop import Loop
 
 
 def tensor_names(folder):
@@ -22,7 +20,6 @@ def test_no_pass_makes_logits(micro_data, tmp_path, variant, monkeypatch):
     made = {True: [], False: []}
     forward = DeepDeltaForCausalLM.forward
 
-    @functools.wraps(forward)  # Trainer reads the signature
     def recorded(self, *arguments, **given):
         out = forward(self, *arguments, **given)
         made[self.training].append(out.logits is not None)
@@ -42,15 +39,15 @@ def test_a_compiled_run_is_the_run(micro_data, tmp_path, quick_compile, monkeypa
     train(plain)
     assert quick_compile() == 0
     in_steps = []
-    step = DeltaTrainer.training_step
+    one_pass = Loop.forward_backward
 
     def counted(self, *arguments):
         before = quick_compile()
-        loss = step(self, *arguments)
+        loss = one_pass(self, *arguments)
         in_steps.append(quick_compile() - before)
         return loss
 
-    monkeypatch.setattr(DeltaTrainer, "training_step", counted)
+    monkeypatch.setattr(Loop, "forward_backward", counted)
     recipe = micro_recipe(micro_data, tmp_path / "compiled", compile=True, **fields)
     train(recipe)
     assert in_steps == [0] * 6
@@ -68,15 +65,15 @@ def test_a_compiled_run_resumes_bit_by_bit(micro_data, tmp_path, quick_compile, 
     whole = micro_recipe(micro_data, tmp_path / "whole", compile=True)
     train(whole)
     recipe = micro_recipe(micro_data, tmp_path / "crashed", compile=True, save_every=2)
-    step, passes = DeltaTrainer.training_step, []
+    one_pass, passes = Loop.forward_backward, []
 
     def crashing(self, *arguments):
         passes.append(1)
         if len(passes) == 4:
             raise RuntimeError("the machine is gone")
-        return step(self, *arguments)
+        return one_pass(self, *arguments)
 
-    monkeypatch.setattr(DeltaTrainer, "training_step", crashing)
+    monkeypatch.setattr(Loop, "forward_backward", crashing)
     with pytest.raises(RuntimeError, match="gone"):
         train(recipe)
     train(recipe)

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.data import PackedSequences, TokenShards
-from deep_delta.train import load_recipe, metrics, read_metrics, read_result, train
-from deep_delta.train.metrics import MetricsWriter
+from deep_delta.train import load_recipe, loop, metrics, read_metrics, read_result, train
+from deep_delta.train.loop import Loop
+from deep_delta.train.metrics import Metrics
 from deep_delta.train.progress import ProgressLine
-from deep_delta.train.trainer import SEQUENCE, DeltaTrainer, NumberedSequences
 
 
 def test_a_run_folder_is_complete(micro_data, tmp_path):
@@ -69,11 +69,9 @@ def test_a_gpus_memory_and_utilisation_are_logged(tmp_path, monkeypatch, name, k
         is_available=lambda: True, max_memory_allocated=lambda: 7, get_device_name=lambda: name
     )
     monkeypatch.setattr(metrics, "torch", SimpleNamespace(cuda=cuda))
-    writer = MetricsWriter(tmp_path / "rows", 100, 1e9, 0, ProgressLine("x", 9), also=print)
-    writer.started = time.perf_counter()
-    state = SimpleNamespace(global_step=3, is_world_process_zero=True)
-    control = SimpleNamespace(should_save=False)
-    writer.on_log(SimpleNamespace(world_size=2), state, control, {"loss": 1.0})
+    writer = Metrics(tmp_path / "rows", 100, 1e9, 0, 2, ProgressLine("x", 9), also=print)
+    writer.start_clock()
+    writer.trained(3, loss=1.0, lr=1e-3, grad_norm=1.0)
     (row,) = read_metrics(tmp_path / "rows")
     assert (row["flops"], row["memory_bytes"]) == (300e9, 7)
     assert ("mfu" in row) is known
@@ -111,13 +109,12 @@ def test_validation_loss_is_the_mean_over_predicted_tokens(
 
 
 def test_a_diverged_run_stops_and_says_where(micro_data, tmp_path, monkeypatch, batches):
-    loss_of = DeltaTrainer.compute_loss
+    one_pass = Loop.forward_backward
 
-    def overflowing(self, *arguments, **keywords):
-        bad = self.state.global_step == 4 and self.model.training
-        return loss_of(self, *arguments, **keywords) * (math.inf if bad else 1)
+    def overflowing(self, batch, count):
+        return one_pass(self, batch, count) * (math.inf if self.step == 4 else 1)
 
-    monkeypatch.setattr(DeltaTrainer, "compute_loss", overflowing)
+    monkeypatch.setattr(Loop, "forward_backward", overflowing)
     # Rows are logged every third step only: the step is found all the same.
     fields = {"micro_batch_size": 2, "log_every": 3, "save_every": 2, "eval_every": 6}
     recipe = micro_recipe(micro_data, tmp_path, **fields)
@@ -144,18 +141,18 @@ def test_a_diverged_run_stops_and_says_where(micro_data, tmp_path, monkeypatch, 
 def test_a_gradient_that_is_no_number_is_found_before_the_loss_it_spoils(
     micro_data, tmp_path, monkeypatch
 ):
-    step = DeltaTrainer.training_step
+    one_pass = Loop.forward_backward
 
-    def training_step(self, model, inputs, *rest):
-        loss = step(self, model, inputs, *rest)
-        if self.state.global_step == 3:
-            weight = next(p for p in model.parameters() if p.grad is not None)
+    def poisonous(self, batch, count):
+        loss = one_pass(self, batch, count)
+        if self.step == 3:
+            weight = next(p for p in self.model.parameters() if p.grad is not None)
             weight.grad.view(-1)[0] = math.inf
-            poisoned.extend(inputs[SEQUENCE].tolist())
+            poisoned.extend(self.order(3))
         return loss
 
     poisoned: list[int] = []
-    monkeypatch.setattr(DeltaTrainer, "training_step", training_step)
+    monkeypatch.setattr(Loop, "forward_backward", poisonous)
     recipe = micro_recipe(micro_data, tmp_path, log_every=6, eval_every=6)
     assert user_error(train, recipe).startswith("the gradient norm is inf at step 4; its batch: ")
     report = json.loads((recipe.run_folder / "diverged.json").read_text())
@@ -164,18 +161,18 @@ def test_a_gradient_that_is_no_number_is_found_before_the_loss_it_spoils(
 
 
 def test_waiting_for_data_is_training_time_and_saving_is_not(micro_data, tmp_path, monkeypatch):
-    item, save = NumberedSequences.__getitem__, DeltaTrainer._save_checkpoint
+    collate, save = loop.collate, loop.save_checkpoint
 
-    def slow_item(self, index):
-        time.sleep(0.02)
-        return item(self, index)
+    def slow_collate(data, sequences, device):
+        time.sleep(0.02 * len(sequences))
+        return collate(data, sequences, device)
 
-    def slow_save(self, *arguments):
+    def slow_save(*arguments):
         time.sleep(3)
-        return save(self, *arguments)
+        return save(*arguments)
 
-    monkeypatch.setattr(NumberedSequences, "__getitem__", slow_item)
-    monkeypatch.setattr(DeltaTrainer, "_save_checkpoint", slow_save)
+    monkeypatch.setattr(loop, "collate", slow_collate)
+    monkeypatch.setattr(loop, "save_checkpoint", slow_save)
     recipe = micro_recipe(micro_data, tmp_path, save_every=3)
     assert 6 * 4 * 0.02 < train(recipe).train_seconds < 3
 
@@ -204,6 +201,7 @@ def test_a_full_disk_is_one_line_before_training(micro_data, tmp_path, monkeypat
         ({"model": {"num_attention_heads": 0}}, "num_attention_heads"),
         ({"model": {"value_channels": 1}}, "compressor"),
         ({"size": "smal"}, "did you mean 'small'"),
+        ({"cuda_graphs": True}, "cuda_graphs needs one process and a GPU"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_can_be_mended(micro_data, tmp_path, fields, expected):

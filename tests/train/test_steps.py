@@ -10,7 +10,7 @@ from transformers import set_seed
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.data import PackedSequences, TokenShards
 from deep_delta.train import model_config, train
-from deep_delta.train.trainer import DeltaTrainer
+from deep_delta.train.loop import Loop
 
 
 @pytest.mark.parametrize("fields", [{}, {"mask_documents": True}], ids=["packed", "masked"])
@@ -74,17 +74,16 @@ def test_variants_of_a_seed_see_the_same_data_in_the_same_order(micro_data, tmp_
 @pytest.mark.parametrize("decay_residual", [True, False])
 def test_weight_decay_is_on_matrices_only(micro_data, tmp_path, decay_residual, monkeypatch):
     groups = {}
-    create = DeltaTrainer.create_optimizer
+    step = Loop.train_step
 
-    def recorded(self, *arguments):
-        optimizer = create(self, *arguments)
+    def recorded(self):
         names = {id(p): name for name, p in self.model.named_parameters()}
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             groups.update({names[id(p)]: group["weight_decay"] for p in group["params"]})
             assert group["betas"] == (0.8, 0.9)
-        return optimizer
+        return step(self)
 
-    monkeypatch.setattr(DeltaTrainer, "create_optimizer", recorded)
+    monkeypatch.setattr(Loop, "train_step", recorded)
     fields = {"decay_residual": decay_residual, "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.9}
     recipe = micro_recipe(micro_data, tmp_path, steps=1, **fields)
     train(recipe)

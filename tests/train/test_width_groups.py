@@ -9,29 +9,29 @@ from train.micro import equal_weights, losses, micro_recipe, rows_of
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.train import model_config, train
 from deep_delta.train.groups import decayed_names, parameter_groups, width_scaled_names
-from deep_delta.train.trainer import DeltaTrainer
+from deep_delta.train.loop import Loop
 
 HALF = {"mup_base_width": 8}  # the micro model has 16 features: m = 2
 
 
 @pytest.fixture
 def optimizers(monkeypatch):
-    """The optimizers of every run, and what their tensors are called."""
+    """The optimizer and model of every run, and the groups' highest rates."""
     made = []
-    create = DeltaTrainer.create_optimizer
+    run = Loop.run
 
-    def recorded(self, *arguments):
-        made.append((create(self, *arguments), self.model))
-        return made[-1][0]
+    def recorded(self, stop):
+        made.append((self.optimizer, self.model, self.peaks))
+        return run(self, stop)
 
-    monkeypatch.setattr(DeltaTrainer, "create_optimizer", recorded)
+    monkeypatch.setattr(Loop, "run", recorded)
     return made
 
 
-def by_name(optimizer, model, field: str) -> dict[str, float]:
+def by_name(optimizer, model, values: list[float]) -> dict[str, float]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optimizer.param_groups
-    return {names[id(p)]: group[field] for group in groups for p in group["params"]}
+    groups = zip(optimizer.param_groups, values, strict=True)
+    return {names[id(p)]: value for group, value in groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("decay_residual", [True, False])
@@ -42,11 +42,12 @@ def test_wider_models_learn_their_matrices_more_slowly(
         micro_data, tmp_path, model=HALF, lr=4e-3, weight_decay=0.1, decay_residual=decay_residual
     )
     train(recipe)
-    (optimizer, model), *_ = optimizers
+    (optimizer, model, peaks), *_ = optimizers
     scaled, decayed = set(width_scaled_names(model)), set(decayed_names(model, decay_residual))
     assert "model.layers.0.mlp.up_proj.weight" in scaled
     assert "model.layers.0.attn_residual.value.weight" in scaled
-    rates, decays = (by_name(optimizer, model, field) for field in ("initial_lr", "weight_decay"))
+    rates = by_name(optimizer, model, peaks)
+    decays = by_name(optimizer, model, [group["weight_decay"] for group in optimizer.param_groups])
     assert rates.keys() == decays.keys() == dict(model.named_parameters()).keys()
     for name, rate in rates.items():
         assert rate == (2e-3 if name in scaled else 4e-3), name
@@ -75,12 +76,12 @@ def test_schedule_keeps_the_ratio_and_the_log_has_the_recipes_rate(
     assert last[0] < 4e-3  # the cosine has moved all of them
 
 
-def test_groups_without_it_are_the_two_of_trainer(micro_data, tmp_path, optimizers):
+def test_groups_without_it_are_two(micro_data, tmp_path, optimizers):
     recipe = micro_recipe(micro_data, tmp_path, steps=1)
     train(recipe)
-    (optimizer, model), *_ = optimizers
+    (optimizer, model, peaks), *_ = optimizers
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert {group["initial_lr"] for group in optimizer.param_groups} == {recipe.lr}
+    assert peaks == [recipe.lr, recipe.lr]
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for p in optimizer.param_groups[0]["params"]]
     assert order == decayed_names(model)

@@ -1,4 +1,4 @@
-"""scripts/trainer_overhead.py: both numbers, of two sides that train the same, or none."""
+"""scripts/loop_overhead.py: both numbers, of two sides that train the same, or none."""
 
 import argparse
 import dataclasses
@@ -15,15 +15,15 @@ SMALL = ["--size", "tiny", "--batch", "2", "--seq-len", "16", "--steps", "2", "-
 
 @pytest.fixture
 def script():
-    path = REPO / "scripts" / "trainer_overhead.py"
-    spec = importlib.util.spec_from_file_location("trainer_overhead", path)
+    path = REPO / "scripts" / "loop_overhead.py"
+    spec = importlib.util.spec_from_file_location("loop_overhead", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def run(script, monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["trainer_overhead", *SMALL, *words])
+    monkeypatch.setattr(sys, "argv", ["loop_overhead", *SMALL, *words])
     script.main()
 
 
@@ -37,14 +37,14 @@ def test_table_has_both_sides_and_the_file_every_round(script, monkeypatch, tmp_
     for line, (variant, found) in zip(rows, figures.items(), strict=True):
         cells = dict(zip(names, (cell.strip() for cell in line.split("|")[1:-1]), strict=True))
         assert cells["variant"] == variant
-        trainer, bare = (sum(found["rounds"][side]) / 2 for side in ("trainer", "bare"))
-        assert float(cells["trainer ms"]) == pytest.approx(1e3 * trainer, abs=0.01)
+        loop, bare = (sum(found["rounds"][side]) / 2 for side in ("loop", "bare"))
+        assert float(cells["loop ms"]) == pytest.approx(1e3 * loop, abs=0.01)
         assert float(cells["bare ms"]) == pytest.approx(1e3 * bare, abs=0.01)
-        assert float(cells["trainer/bare"]) == pytest.approx(trainer / bare, abs=1e-4)
-        speed = float(cells["trainer tokens/s"].replace(",", ""))
-        assert speed == pytest.approx(2 * 16 / trainer, abs=1)
+        assert float(cells["loop/bare"]) == pytest.approx(loop / bare, abs=1e-4)
+        speed = float(cells["loop tokens/s"].replace(",", ""))
+        assert speed == pytest.approx(2 * 16 / loop, abs=1)
         assert found["loss_difference"] < 1e-6  # on a CPU nothing rounds differently
-        assert cells["trainer host ms"] == "–" or torch.cuda.is_available()
+        assert cells["loop host ms"] == "–" or torch.cuda.is_available()
     assert "2 rounds of 2 steps, in turns; size=tiny batch=2 seq_len=16 state=float32" in footer
 
 

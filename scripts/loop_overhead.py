@@ -1,10 +1,10 @@
-"""What the Trainer adds to a training step: `ddl train`'s own path and a bare loop, in turns.
+"""What `ddl train`'s loop adds to a training step: the loop itself and a bare one, in turns.
 
-    python3 scripts/trainer_overhead.py --variants additive,ddl-cc
+    python3 scripts/loop_overhead.py --variants additive,ddl-cc
 
 trains each variant twice from the same weights on the same batches: by `deep_delta.train.run.train`
-with its loader, callbacks and one log a round, and by a loop of forward, backward, clipping, AdamW
-and schedule whose batches lie on the device already. They take turns by rounds, to and fro. A
+with its batches, signals and one log a round, and by forward, backward, clipping, AdamW and
+schedule alone, on batches that lie on the device already. They take turns by rounds, to and fro. A
 variant whose two losses part in the first steps gets no figures.
 
 "host" is the time that Python needs to queue a step on an idle GPU: where that is longer than the
@@ -14,7 +14,6 @@ step, the GPU waits for Python. On a CPU the figures only show that the script w
 import argparse
 import contextlib
 import functools
-import gc
 import io
 import json
 import shlex
@@ -22,7 +21,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -32,11 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where nothi
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    TrainerCallback,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    set_seed,
-)
+from transformers import set_seed
 
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.bench.model import STATE_DTYPES
@@ -48,11 +42,14 @@ from deep_delta.errors import UserError
 from deep_delta.model.compile import compile_layers
 from deep_delta.report.provenance import REPOSITORY
 from deep_delta.train import run
+from deep_delta.train.batches import collate
 from deep_delta.train.groups import parameter_groups
+from deep_delta.train.loop import Loop
 from deep_delta.train.recipe import Recipe, load_recipe, merge
-from deep_delta.train.trainer import DeltaTrainer
+from deep_delta.train.schedule import rate_factor
+from deep_delta.train.stop import StopOnSignal
 
-SIDES = ("trainer", "bare")
+SIDES = ("loop", "bare")
 CHECKED = 10  # steps before the rounds, whose losses are compared one by one
 HOST_STEPS = 4
 # How far the two losses of a checked step may lie apart, in nats. The sums are the same, but a GPU
@@ -97,7 +94,7 @@ class Result:
         return 1e3 * statistics.median(self.rounds[side])
 
     def ratios(self) -> list[float]:
-        """Trainer over bare, by round."""
+        """Loop over bare, by round."""
         return [one / other for one, other in zip(*self.rounds.values(), strict=True)]
 
 
@@ -110,12 +107,12 @@ class Measured(Exception):
 
 
 class BareLoop:
-    """Steps without a Trainer, on the given batches, from a run's initial weights."""
+    """Nothing but steps, on the given batches, from a run's initial weights."""
 
     def __init__(self, recipe: Recipe, batches: list[Tensor]):
-        self.clip, self.batches = recipe.clip, iter(batches)
+        self.recipe, self.batches, self.taken = recipe, iter(batches), 0
         where, (sequences, length) = batches[0].device, batches[0].shape
-        # As the Trainer counts them, so that both sides run the same compiled graphs.
+        # A tensor as in the loop, so that both sides run the same compiled graphs.
         self.predictions = torch.tensor(sequences * (length - 1), device=where)
         self.autocast = torch.autocast(
             where.type, torch.bfloat16, enabled=recipe.precision == "bf16"
@@ -128,9 +125,6 @@ class BareLoop:
             parameter_groups(self.model, recipe.lr, recipe.weight_decay, recipe.decay_residual),
             betas=(recipe.beta1, recipe.beta2),
             fused=True,
-        )
-        self.schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimizer, recipe.warmup_steps, recipe.steps, min_lr_rate=recipe.min_lr_ratio
         )
         self.ids: list[Tensor] = []
         self.losses: list[Tensor] = []
@@ -146,90 +140,91 @@ class BareLoop:
                 use_cache=False,
             ).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * rate_factor(self.recipe, self.taken)
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad()
+        self.taken += 1
         self.ids.append(ids)
         self.losses.append(loss.detach())
 
 
-class Watched(DeltaTrainer):
-    """The run's trainer, which keeps batches and losses and lets a bare loop have its turns.
+class Watched(Loop):
+    """The run's loop, which keeps batches and losses and lets a bare one have its turns."""
 
-    `measurement` yields whenever the trainer is to take a step.
-    """
-
-    def __init__(self, recipe: Recipe, *, rounds: int, **kwargs):
-        super().__init__(recipe, **kwargs)
+    def __init__(self, recipe: Recipe, *arguments, rounds: int):
+        super().__init__(recipe, *arguments)
+        self.rounds = rounds
         self.ids: list[Tensor] = []
         self.losses: list[Tensor] = []
-        # One epoch, which the data folder holds exactly: the run's own loader gives it again.
-        batches = [batch["input_ids"] for batch in self.get_train_dataloader()]
-        self.bare = BareLoop(recipe, batches)
-        # Before the callbacks of `train`, so that their time at a step's start counts.
-        self.add_callback(Turns(self.measurement(rounds, recipe)))
+        batches = [
+            collate(self.data, self.order(step), self.devices.device)["input_ids"]
+            for step in range(recipe.steps)
+        ]
+        self.bare_loop = BareLoop(recipe, batches)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.ids.append(inputs["input_ids"])
+    def forward_backward(self, batch, count):
+        loss = super().forward_backward(batch, count)
+        self.ids.append(batch["input_ids"])
         self.losses.append(loss)
         return loss
 
-    def measurement(self, rounds: int, recipe: Recipe) -> Iterator[None]:
-        own, others = self.model.state_dict(), self.bare.model.state_dict()
+    def run(self, stop: StopOnSignal) -> int | None:
+        own, others = self.bare.state_dict(), self.bare_loop.model.state_dict()
         if not all(torch.equal(tensor, others[name]) for name, tensor in own.items()):
             raise UserError("the run and the bare loop start from other weights: no figures")
+        self.metrics.start_clock()
+        with self.watch, stop:
+            self.watch.begin("the measurement", "its end")
+            result = self.measure(stop)
+        result.loss_difference = self.check(TOLERANCE[self.recipe.precision])
+        raise Measured(result)
+
+    def measure(self, stop: StopOnSignal) -> Result:
         for side in SIDES:
-            yield from self.steps(side, CHECKED)
+            self.steps(side, CHECKED, stop)
         result = Result()
-        for number in range(rounds):
+        for number in range(self.rounds):
             for side in SIDES if number % 2 == 0 else reversed(SIDES):
                 synchronize()
                 start = time.perf_counter()
-                yield from self.steps(side, recipe.log_every)
+                self.steps(side, self.recipe.log_every, stop)
                 synchronize()
-                result.rounds[side].append((time.perf_counter() - start) / recipe.log_every)
+                result.rounds[side].append((time.perf_counter() - start) / self.recipe.log_every)
         for side in SIDES:
             for _ in range(HOST_STEPS):
                 synchronize()
                 start = time.perf_counter()
-                yield from self.steps(side, 1)
+                self.steps(side, 1, stop, log=False)
                 result.host[side].append(time.perf_counter() - start)
-        result.loss_difference = self.check(TOLERANCE[recipe.precision])
-        raise Measured(result)
+        return result
 
-    def steps(self, side: str, count: int) -> Iterator[None]:
+    def steps(self, side: str, count: int, stop: StopOnSignal, log: bool = True) -> None:
+        """As `Loop.run` takes them, with one log at the end; or of the bare loop."""
         for _ in range(count):
-            if side == "trainer":
-                yield
-            else:
-                self.bare.step()
+            if side == "bare":
+                self.bare_loop.step()
+                continue
+            rate, norm = self.train_step()
+            stop.agree()
+        if side == "loop" and log:
+            self.log(rate, norm)
 
     def check(self, tolerance: float) -> float:
         """The largest difference of losses in the checked steps; UserError if it is too large."""
-        if not all(torch.equal(*pair) for pair in zip(self.ids, self.bare.ids, strict=True)):
+        if not all(torch.equal(*pair) for pair in zip(self.ids, self.bare_loop.ids, strict=True)):
             raise UserError("the run and the bare loop saw other batches: no figures")
-        pairs = list(zip(self.losses[:CHECKED], self.bare.losses[:CHECKED], strict=True))
+        pairs = list(zip(self.losses[:CHECKED], self.bare_loop.losses[:CHECKED], strict=True))
         differences = [abs(float(one) - float(other)) for one, other in pairs]
         for step, difference in enumerate(differences, start=1):
             if not difference <= tolerance:
                 one, other = map(float, pairs[step - 1])
                 raise UserError(
-                    f"losses part at step {step}: {one:.5f} by the trainer, {other:.5f} by the "
+                    f"losses part at step {step}: {one:.5f} by the run, {other:.5f} by the "
                     f"bare loop (more than {tolerance:g} apart): no figures"
                 )
         return max(differences)
-
-
-class Turns(TrainerCallback):
-    """Goes on with the measurement at the start of every step of the trainer."""
-
-    def __init__(self, measurement: Iterator[None]):
-        self.measurement = measurement
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        next(self.measurement)
 
 
 def synchronize() -> None:
@@ -239,19 +234,16 @@ def synchronize() -> None:
 
 def measure(recipe: Recipe, rounds: int) -> Result:
     """UserError if the two sides do not train the same."""
-    # All that `train` sets up is measured; only the class of its trainer is another one.
+    # All that `train` sets up is measured; only the class of its loop is another one.
     watched = functools.partial(Watched, rounds=rounds)
     # The progress line's speed would hold the bare loop's time.
     quiet = contextlib.redirect_stderr(io.StringIO())
     try:
-        with mock.patch.object(run, "DeltaTrainer", watched), quiet:
+        with mock.patch.object(run, "Loop", watched), quiet:
             run.train(recipe)
     except Measured as done:
-        result = done.result
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return result
+        return done.result
+    raise AssertionError("the run ended before its measurement")
 
 
 def recipe_of(variant: str, options: argparse.Namespace, folder: Path) -> Recipe:
@@ -287,7 +279,7 @@ def recipe_of(variant: str, options: argparse.Namespace, folder: Path) -> Recipe
 
 
 def row(variant: str, result: Result, tokens: int) -> dict[str, str]:
-    trainer, bare, by_round = result.ms("trainer"), result.ms("bare"), result.ratios()
+    loop, bare, by_round = result.ms("loop"), result.ms("bare"), result.ratios()
     host = {
         side: f"{1e3 * statistics.median(result.host[side]):.1f}"
         if torch.cuda.is_available()
@@ -297,13 +289,13 @@ def row(variant: str, result: Result, tokens: int) -> dict[str, str]:
     return {
         "variant": variant,
         "bare ms": f"{bare:.2f}",
-        "trainer ms": f"{trainer:.2f}",
-        "trainer/bare": f"{trainer / bare:.4f}",
+        "loop ms": f"{loop:.2f}",
+        "loop/bare": f"{loop / bare:.4f}",
         "by round": f"{min(by_round):.4f}–{max(by_round):.4f}",
         "bare tokens/s": f"{1e3 * tokens / bare:,.0f}",
-        "trainer tokens/s": f"{1e3 * tokens / trainer:,.0f}",
+        "loop tokens/s": f"{1e3 * tokens / loop:,.0f}",
         "bare host ms": host["bare"],
-        "trainer host ms": host["trainer"],
+        "loop host ms": host["loop"],
         "losses differ by": f"{result.loss_difference:.1e}",
     }
 
@@ -329,7 +321,7 @@ def main() -> None:
             except UserError as error:
                 sys.exit(f"error: {variant}: {error}")
             print(f"{variant}: measured in {time.perf_counter() - begin:.0f} s", flush=True)
-    where = environment(shlex.join(["scripts/trainer_overhead.py", *sys.argv[1:]]))
+    where = environment(shlex.join(["scripts/loop_overhead.py", *sys.argv[1:]]))
     if options.json is not None:
         record = {**where, "seconds a step": {name: asdict(r) for name, r in found.items()}}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
