@@ -103,14 +103,16 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if options.help:
-        print("usage: ddl train RECIPE.yaml [FIELDS.yaml ...] [--field value ...]\n")
-        print("Train one model; its folder is OUT/VARIANT/seed-SEED. Later files and options")
-        print("replace fields of earlier ones. Fields of a recipe:\n")
-        return _print_fields()
+        print("usage: ddl train RECIPE [FIELDS ...] [--field value ...]\n")
+        print("Train one model; its folder is OUT/VARIANT/seed-SEED. RECIPE and FIELDS are YAML")
+        print("files or names of shipped ones. Later ones and options replace fields of earlier")
+        print("ones. Fields of a recipe:\n")
+        _print_fields()
+        return _print_shipped()
     from deep_delta.errors import UserError
 
     if not options.recipes:
-        raise UserError("train needs a recipe: ddl train RECIPE.yaml [--field value ...]")
+        raise UserError("train needs a recipe: ddl train tiny, or RECIPE.yaml [--field value ...]")
     _need("train", "accelerate", "psutil", "yaml")
     from deep_delta.train import Interrupted, load_recipe, merge, parse_overrides, train
     from deep_delta.train.processes import is_main, leave
@@ -222,6 +224,14 @@ def _print_fields(without: Sequence[str] = (), defaults: Mapping[str, str] = {})
         default = {} if field.default_factory is not dataclasses.MISSING else field.default
         shown = defaults.get(field.name, default)
         print(f"  --{field.name:<23}{field.metadata['help']} ({shown})")
+    return 0
+
+
+def _print_shipped() -> int:
+    from deep_delta.train.recipe import SHIPPED, shipped_recipes
+
+    print(f"\nShipped: {', '.join(shipped_recipes())}")
+    print(f"They and launch/slurm.sh, for a run on several nodes, lie in {SHIPPED}")
     return 0
 
 

@@ -131,11 +131,11 @@ def make_parser() -> argparse.ArgumentParser:
     train = jobs.add_parser(
         "train",
         help="train one model by a recipe",
-        usage="ddl train RECIPE.yaml [FIELDS.yaml ...] [--field value ...]",
+        usage="ddl train RECIPE [FIELDS ...] [--field value ...]",
         add_help=False,
         allow_abbrev=False,
     )
-    train.add_argument("recipes", nargs="*", type=Path)
+    train.add_argument("recipes", nargs="*")
     train.add_argument("-h", "--help", action="store_true")
     train.set_defaults(run="train")
 

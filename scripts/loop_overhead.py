@@ -40,7 +40,6 @@ from deep_delta.data.tokenizer import load_tokenizer
 from deep_delta.data.writer import ShardWriter, WriterState
 from deep_delta.errors import UserError
 from deep_delta.model.compile import compile_layers
-from deep_delta.report.provenance import REPOSITORY
 from deep_delta.train import run
 from deep_delta.train.batches import collate
 from deep_delta.train.groups import parameter_groups
@@ -247,14 +246,14 @@ def measure(recipe: Recipe, rounds: int) -> Result:
 
 
 def recipe_of(variant: str, options: argparse.Namespace, folder: Path) -> Recipe:
-    """The variant's own recipe of that size, but for what is asked here; its data in `folder`."""
+    """The shipped recipe of that size, but for what is asked here; its data in `folder`."""
     # One step more than are taken: the run is left at its start.
     steps = CHECKED + options.rounds * options.steps + HOST_STEPS + 1
     cuda = torch.cuda.is_available()
-    own = load_recipe(REPOSITORY / "recipes" / options.size / f"{variant}.yaml")
     recipe = merge(
-        own,
+        load_recipe(options.size),
         {
+            "variant": variant,
             "model": {"state_dtype": options.state_dtype},
             "data": str(folder / "data"),
             "out": str(folder / "runs"),

@@ -95,6 +95,9 @@ def test_help_explains_every_field(ddl, command):
         # What it refuses, it does not offer.
         expected = expected - {"--variant", "--seed", "--resume"} | {"--variants", "--seeds"}
     assert shown == expected
+    if command == "train":
+        assert "budgets/1b" in lines[-2]
+        assert (Path(lines[-1].partition(" lie in ")[2]) / "launch" / "slurm.sh").is_file()
 
 
 def test_train_prints_the_final_folder(ddl, here, cli_data):
@@ -103,6 +106,15 @@ def test_train_prints_the_final_folder(ddl, here, cli_data):
     status, lines, _ = ddl("train", "recipe.yaml", *words)
     assert (status, lines) == (0, ["runs/additive/seed-3/final"])
     assert (here / lines[0] / "model.safetensors").is_file()
+
+
+def test_a_shipped_recipe_trains_in_an_empty_folder(ddl, tmp_path, monkeypatch, cli_data):
+    monkeypatch.chdir(tmp_path)
+    words = as_options(**FIELDS | {"steps": 2}, model=MODEL, data=cli_data)
+    status, lines, _ = ddl("train", "tiny", "budgets/1b", "--variant", "additive", *words)
+    assert (status, lines) == (0, ["runs/tiny/additive/seed-0/final"])
+    recipe = yaml.safe_load((tmp_path / "runs/tiny/additive/seed-0/recipe.yaml").read_text())
+    assert (recipe["save_every"], recipe["steps"]) == (250, 2), "the budget's, and the option's"
 
 
 def test_prepare_then_compare(ddl, here):
@@ -132,6 +144,8 @@ def test_prepare_then_compare(ddl, here):
         ("prepare empty --out d --max-tokens 5e9", "whole number from 1"),
         ("train", "needs a recipe"),
         ("train no.yaml", "no recipe no.yaml"),
+        ("train recipe.yaml smal", "no recipe smal; did you mean 'small'?"),
+        ("train empty", "no recipe empty; known: budgets/160m, "),
         ("train recipe.yaml --stepz 5", "did you mean 'steps'?"),
         ("train recipe.yaml --steps", "--steps needs a value"),
         ("train recipe.yaml --steps many", "whole number"),

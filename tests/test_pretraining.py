@@ -11,7 +11,7 @@ from deep_delta.train import Recipe, load_recipe, make_recipe, merge, parse_over
 from deep_delta_options import make_parser
 
 TEXT = (REPO / "docs" / "pretraining.md").read_text(encoding="utf-8")
-SLURM = "recipes/launch/slurm.sh"
+SLURM = "slurm.sh"
 HOURS = {"1 B": 2_035, "5 B": 10_173, "49.15 B": 100_000}
 
 
@@ -28,9 +28,8 @@ def commands() -> list[list[str]]:
 
 
 def recipe_of(words: list[str]) -> Recipe:
-    files = [REPO / word for word in words if word.endswith(".yaml")]
-    options = [word for word in words if not word.endswith(".yaml")]
-    return merge(load_recipe(*files), parse_overrides(options))
+    options, rest = make_parser().parse_known_args(["train", *words])
+    return merge(load_recipe(*options.recipes), parse_overrides(rest))
 
 
 def test_every_command_is_understood():

@@ -44,7 +44,6 @@ def make_inputs(words: list[str]) -> None:
 def reader(tmp_path, monkeypatch):
     """A current folder as a reader has it, where every preset is tiny."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(REPO / "recipes")
     from_preset = DeepDeltaConfig.from_preset
     monkeypatch.setattr(
         DeepDeltaConfig,

@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ _FREE_TO_CHANGE = {
 }  # fmt: skip
 REORDERS_SUMS = {"rebuild", "backend"}  # fields of the model's configuration, likewise
 TRACKERS = ("tensorboard", "wandb", "trackio")
+SHIPPED = Path(str(files("deep_delta") / "recipes"))  # has launch/slurm.sh too
 
 
 @dataclass
@@ -158,26 +160,45 @@ class Recipe:
         return changed + ([f"model: {theirs} -> {ours}"] if ours != theirs else [])
 
 
-def load_recipe(path: Path, *more: Path) -> Recipe:
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes and fields that the package carries, by name: "small", "budgets/1b"."""
+    found = sorted(SHIPPED.rglob("*.yaml"))
+    return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in found}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file that a user means: `name` if it is a file, else the shipped recipe of that name.
+
+    A folder called `small` does not hide the shipped `small`; a file of that name does. UserError
+    if there is neither.
+    """
+    path, shipped = Path(name), shipped_recipes()
+    if path.is_file():
+        return path
+    if str(name) not in shipped:
+        raise UserError(f"there is no recipe {name}{_nearest(str(name), shipped)}")
+    return shipped[str(name)]
+
+
+def load_recipe(name: str | Path, *more: str | Path) -> Recipe:
     """Read a YAML (or JSON) recipe, and files of fields that replace some of its own.
 
-    UserError for a missing file, bad YAML, or bad fields.
+    Each is a path or the name of a shipped one: see `find_recipe`. UserError for one that is not
+    there, bad YAML, or bad fields.
     """
     values: dict[str, Any] = {}
-    for file in (path, *more):
+    for file in map(find_recipe, (name, *more)):
         own = _read_fields(file)
         make_recipe(own, origin=str(file))  # what is wrong is said of the file that says it
         if isinstance(own.get("model"), dict):
             own["model"] = {**values.get("model", {}), **own["model"]}
         values |= own
-    return make_recipe(values, origin=str(path))
+    return make_recipe(values, origin=str(name))
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
     import yaml
 
-    if not path.is_file():
-        raise UserError(f"there is no recipe {path}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

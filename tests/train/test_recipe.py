@@ -2,17 +2,14 @@
 
 import dataclasses
 import shlex
+from pathlib import Path
 
 import pytest
-from helpers import REPO
 from train.micro import user_error
 
 from deep_delta.model.presets import SIZES, VARIANTS
 from deep_delta.train import Recipe, load_recipe, make_recipe, merge, model_config, parse_overrides
-from deep_delta.train.recipe import save_recipe
-
-CARRIED = REPO / "recipes"
-RECIPES = sorted(path for size in SIZES for path in (CARRIED / size).glob("*.yaml"))
+from deep_delta.train.recipe import SHIPPED, find_recipe, save_recipe, shipped_recipes
 
 
 def write(tmp_path, text):
@@ -67,7 +64,8 @@ def test_a_bad_file_is_one_line(tmp_path, text, expected):
 
 
 def test_a_missing_recipe_is_named(tmp_path):
-    assert user_error(load_recipe, tmp_path / "no.yaml").endswith("no.yaml")
+    path = tmp_path / "no.yaml"
+    assert user_error(load_recipe, path).startswith(f"there is no recipe {path}; ")
 
 
 @pytest.mark.parametrize(
@@ -173,48 +171,100 @@ def test_the_run_folder_is_named_after_variant_and_seed():
     assert folder.parts == ("a", "b", "ddl-tc", "seed-3")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_carried_recipes_load(path):
-    recipe = load_recipe(path)
-    assert path.stem == recipe.variant
-    assert path.parent.name == recipe.size
-    config = model_config(recipe)
-    assert config.num_hidden_layers == SIZES[recipe.size]["num_hidden_layers"]
+def of_variant(variant, *names):
+    return merge(load_recipe(*names), {"variant": variant})
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_variant_has_a_recipe_at_every_size(size):
-    assert {path.stem for path in RECIPES if path.parent.name == size} == VARIANTS.keys()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shipped_recipes_train_every_variant(size, variant):
+    recipe = of_variant(variant, size)
+    assert (recipe.variant, recipe.size) == (variant, size)
+    assert recipe.differences(load_recipe(size)) in ([], [f"variant: ddl-cc -> {variant}"])
+    config = model_config(recipe)
+    assert config.num_hidden_layers == SIZES[size]["num_hidden_layers"]
+    assert {name: getattr(config, name) for name in VARIANTS[variant]} == VARIANTS[variant]
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name != "tiny"])
-def test_large_recipes_are_the_papers(path):
-    recipe = load_recipe(path)
+def test_the_tiny_recipe_is_the_demos_for_longer():
+    changed = {"steps", "eval_every", "save_every", "out"}
+    tiny, demo = (dataclasses.asdict(recipe) for recipe in (load_recipe("tiny"), Recipe()))
+    assert {name for name in tiny if tiny[name] != demo[name]} == changed
+    assert (tiny["steps"], tiny["save_every"]) == (200, 100)
+
+
+@pytest.mark.parametrize(("size", "micro_batch_size"), [("small", 30), ("medium", 15)])
+def test_large_recipes_are_the_papers(size, micro_batch_size):
+    recipe = load_recipe(size)
     assert recipe.steps * recipe.batch_size * recipe.seq_len == 100_000 * 480 * 1024
     assert (recipe.lr, recipe.warmup_steps, recipe.weight_decay) == (1e-3, 2000, 0.1)
     assert (recipe.beta1, recipe.beta2, recipe.clip) == (0.9, 0.95, 1.0)
     assert (recipe.precision, recipe.seed) == ("bf16", 0)
+    assert (recipe.data, recipe.parameterization) == ("data/fineweb-edu", "published")
+    assert recipe.micro_batch_size == micro_batch_size
     for devices in (1, 2, 4, 8):
-        assert recipe.batch_size % (recipe.micro_batch_size * devices) == 0
-    for other in path.parent.glob("*.yaml"):
-        differences = load_recipe(other).differences(recipe)
-        assert all(name.startswith("variant: ") for name in differences), "nothing else differs"
+        assert recipe.batch_size % (micro_batch_size * devices) == 0
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("1b", 1e9), ("5b", 5e9)])
 def test_budgets_are_whole_schedules_of_so_many_tokens(name, tokens):
-    long = CARRIED / "small" / "ddl-cc.yaml"
-    short = load_recipe(long, CARRIED / "budgets" / f"{name}.yaml")
+    short = load_recipe("small", f"budgets/{name}")
     assert short.steps * short.batch_size * short.seq_len == pytest.approx(tokens, rel=1e-3)
-    changed = [difference.split(":")[0] for difference in short.differences(load_recipe(long))]
+    changed = [difference.split(":")[0] for difference in short.differences(load_recipe("small"))]
     assert changed == ["steps", "warmup_steps"]
 
 
+def test_the_160m_budget_is_one_of_minutes():
+    short = load_recipe("small", "budgets/160m")
+    assert short.steps * short.batch_size * short.seq_len == pytest.approx(157e6, rel=3e-3)
+    assert short.micro_batch_size == short.batch_size, "one pass a step"
+
+
 def test_the_launch_fields_change_nothing_that_is_learned():
-    recipe = CARRIED / "medium" / "ddl-cc.yaml"
-    sharded = load_recipe(recipe, CARRIED / "launch" / "fsdp2.yaml")
+    sharded = load_recipe("medium", "launch/fsdp2")
     assert sharded.parallel == "fsdp2"
-    assert sharded.differences(load_recipe(recipe)) == []
+    assert sharded.differences(load_recipe("medium")) == []
+
+
+def test_names_are_looked_up_among_the_shipped_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("small") == SHIPPED / "small.yaml"
+    assert find_recipe(Path("budgets/1b")) == SHIPPED / "budgets" / "1b.yaml"
+    assert set(shipped_recipes()) == {
+        *SIZES, "budgets/160m", "budgets/1b", "budgets/5b", "launch/fsdp2",
+    }  # fmt: skip
+
+
+def test_a_file_wins_over_a_shipped_recipe_and_a_folder_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small.yaml").write_text("steps: 3\n")
+    assert find_recipe("small") == SHIPPED / "small.yaml", "the folder and small.yaml are not meant"
+    for name in ("small.yaml", "./small.yaml"):
+        assert load_recipe(name) == Recipe(steps=3)
+    (tmp_path / "tiny").write_text("steps: 4\n")
+    assert load_recipe("tiny") == Recipe(steps=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("smal", "did you mean 'small'?"),
+        ("small.yaml", "did you mean 'small'?"),
+        ("budget/1b", "did you mean 'budgets/1b'?"),
+        ("1b", "known: budgets/160m, budgets/1b, budgets/5b, launch/fsdp2, medium, small, tiny"),
+        ("./small", "small"),  # a path, and no name
+        ("../recipes/small", "small"),
+        ("launch/slurm.sh", "launch/fsdp2"),
+        ("launch", "launch/fsdp2"),
+        ("", "tiny"),
+    ],
+)
+def test_a_name_that_nothing_has_gets_a_hint(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    message = user_error(load_recipe, "tiny", name)
+    assert message.startswith(f"there is no recipe {name};")
+    assert said in message
 
 
 def test_later_files_replace_fields_of_earlier_ones(tmp_path):

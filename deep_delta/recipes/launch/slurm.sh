@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One run on several nodes, one process a GPU:
-#   sbatch recipes/launch/slurm.sh recipes/small/ddl-cc.yaml [FIELDS.yaml ...] [--field value ...]
+#   sbatch slurm.sh small --variant ddl-cc
+# What follows slurm.sh is what ddl train takes: RECIPE [FIELDS ...] [--field value ...]
 # All nodes must see the recipe's `out` and `data`. A job that is preempted, out of time or on a node
 # that fails is queued again by itself and goes on from its newest checkpoint; one that lost a process
 # or was cancelled goes on by the same sbatch.
