@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers import trainer as hf_trainer
 
-from deep_delta.accounting import flops_per_token
 from deep_delta.data.shards import IGNORED_LABEL, PackedSequences
 from deep_delta.errors import UserError
+from deep_delta.model.flops import flops_per_token
 from deep_delta.train.checkpoint import (
     OPTIMIZER,
     PREFIX_CHECKPOINT_DIR,
