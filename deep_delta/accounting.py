@@ -2,19 +2,43 @@
 
 import contextlib
 import ctypes
+import re
 import threading
 import time
 
 import psutil
 import torch
 
-# Dense bf16 matrix products, FLOP/s, by the makers' data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# FLOP/s of dense bf16 matrix products that are summed in fp32, by NVIDIA's data sheets. Most give
+# them with sparsity only, which is twice as much: those are in brackets, in TFLOP/s. The sheets of
+# A10G and RTX 6000 Ada do not settle it, so they are left out.
+PEAK_FLOPS = {
+    "B200": 2250e12,  # HGX B200, a single GPU (4,500)
+    "H200": 989e12,  # H200, column SXM (1,979)
+    "H200 NVL": 835e12,  # H200, column NVL (1,671)
+    "H100 HBM3": 989e12,  # H100, column SXM (1,979)
+    "H100 NVL": 835e12,  # H100, column NVL (1,671)
+    "H100 PCIe": 756e12,  # H100, column PCIe (1,513)
+    "A100 SXM4": 312e12,  # A100
+    "A100 PCIe": 312e12,  # A100
+    "L40S": 362e12,  # L40S
+    "L4": 121e12,  # L4 (242)
+    "RTX 4090": 165e12,  # Ada architecture white paper, appendix A
+}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name; None for one that is not in PEAK_FLOPS."""
-    return next((most for name, most in PEAK_FLOPS.items() if name in device_name), None)
+    """Dense bf16 FLOP/s of a GPU by its name, as `torch.cuda.get_device_name` gives it.
+
+    All words must be those of PEAK_FLOPS, but for the maker and the size of the memory: a slice of
+    a GPU, or one for laptops, is another one. None for a name that is not there.
+    """
+    words = [
+        word
+        for word in re.split("[ -]", device_name.replace("PCIE", "PCIe"))
+        if not re.fullmatch(r"NVIDIA|GeForce|\d+GB", word)
+    ]
+    return PEAK_FLOPS.get(" ".join(words))
 
 
 class PeakMemory:
