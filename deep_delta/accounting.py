@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import re
 import threading
 import time
@@ -44,15 +45,19 @@ def peak_flops(device_name: str) -> float | None:
 class PeakMemory:
     """Context manager: `bytes` is the highest memory use inside, over what was there before.
 
-    On a GPU that is the allocator's peak. On a CPU it is the growth of the process's resident
-    memory, sampled every 10 ms, after memory that earlier work freed went back to the system.
+    On a GPU it is what tensors take in torch's allocator, on the current device. On a CPU it is
+    the growth of the process's resident memory, sampled every 10 ms, after memory that earlier
+    work freed went back to the system.
     """
 
     bytes: int = 0
 
     def __enter__(self) -> "PeakMemory":
+        # An earlier model that waits for the collector would go, unseen, while this one grows.
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
             return self
         _return_freed_memory()
         self._process = psutil.Process()
@@ -69,7 +74,7 @@ class PeakMemory:
 
     def __exit__(self, *exc: object) -> None:
         if torch.cuda.is_available():
-            self.bytes = torch.cuda.max_memory_allocated()
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
             return
         self._stop.set()
         self._sampler.join()

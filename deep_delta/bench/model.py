@@ -124,10 +124,11 @@ class Benchmark:
             self.seconds[subject] = {}
             # Training comes first, so that this is the peak of training steps if there are any.
             for mode in self.setup.modes:
+                own = _allocated() - held
                 with PeakMemory() as peak:
                     subject.capture(mode)
                     self.seconds[subject][mode] = self._alone(subject, mode)
-                self.peak.setdefault(subject, peak.bytes - held)
+                self.peak.setdefault(subject, own + peak.bytes)
                 work = functools.partial(subject.work, mode)
                 self.host[subject, mode] = host_time(work)
             self._report(subject, "alone", OK)

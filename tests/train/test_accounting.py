@@ -1,10 +1,12 @@
-"""What a machine can do, by its name, and peak memory against a known allocation."""
+"""What a machine can do, by its name, and peak memory against known allocations."""
 
+import gc
 import time
 
 import pytest
 import torch
 
+from deep_delta import accounting
 from deep_delta.accounting import PeakMemory, peak_flops
 
 MIB = 2**20
@@ -69,3 +71,71 @@ def test_peak_memory_of_nothing_is_almost_nothing():
     with PeakMemory() as memory:
         time.sleep(0.03)
     assert memory.bytes < 16 * MIB
+
+
+class Allocator:
+    """The four functions of torch.cuda that count what tensors take, without a GPU."""
+
+    def __init__(self):
+        self.allocated = self.peak = 0
+
+    def allocate(self, size: int) -> None:
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+
+    def is_available(self) -> bool:
+        return True
+
+    def memory_allocated(self) -> int:
+        return self.allocated
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.allocated
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    allocator = Allocator()
+    for name in (
+        "is_available",
+        "memory_allocated",
+        "max_memory_allocated",
+        "reset_peak_memory_stats",
+    ):
+        monkeypatch.setattr(accounting.torch.cuda, name, getattr(allocator, name))
+    return allocator
+
+
+def test_on_a_gpu_the_memory_of_a_run_is_without_what_earlier_ones_left(allocator):
+    allocator.allocate(9)
+    allocator.allocate(-4)  # an earlier run's peak is 9, and it leaves 5
+    with PeakMemory() as memory:
+        allocator.allocate(3)
+        allocator.allocate(-2)
+    assert memory.bytes == 3
+
+
+def test_an_earlier_model_that_waits_for_the_collector_hides_nothing(allocator):
+    """Collected inside, its memory would be taken for the run's own, which then looks free."""
+
+    class Model:
+        def __init__(self):
+            self.trainer = self  # as a model and what trains it hold each other
+            allocator.allocate(5)
+
+        def __del__(self):
+            allocator.allocate(-5)
+
+    gc.disable()
+    try:
+        Model()
+        assert allocator.allocated == 5
+        with PeakMemory() as memory:
+            gc.collect()
+            allocator.allocate(3)
+    finally:
+        gc.enable()
+    assert memory.bytes == 3
