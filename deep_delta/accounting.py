@@ -1,88 +1,63 @@
-"""What a model costs: floating-point operations in closed form, and peak memory. A leaf."""
+"""What a machine can do and what a run takes of it: peak speed and peak memory. A leaf."""
 
 import contextlib
 import ctypes
+import gc
+import re
 import threading
 import time
-from typing import Any
 
 import psutil
 import torch
 
-# Dense bf16 matrix products, FLOP/s, by the makers' data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# FLOP/s of dense bf16 matrix products that are summed in fp32, by NVIDIA's data sheets. Most give
+# them with sparsity only, which is twice as much: those are in brackets, in TFLOP/s. The sheets of
+# A10G and RTX 6000 Ada do not settle it, so they are left out.
+PEAK_FLOPS = {
+    "B200": 2250e12,  # HGX B200, a single GPU (4,500)
+    "H200": 989e12,  # H200, column SXM (1,979)
+    "H200 NVL": 835e12,  # H200, column NVL (1,671)
+    "H100 HBM3": 989e12,  # H100, column SXM (1,979)
+    "H100 NVL": 835e12,  # H100, column NVL (1,671)
+    "H100 PCIe": 756e12,  # H100, column PCIe (1,513)
+    "A100 SXM4": 312e12,  # A100
+    "A100 PCIe": 312e12,  # A100
+    "L40S": 362e12,  # L40S
+    "L4": 121e12,  # L4 (242)
+    "RTX 4090": 165e12,  # Ada architecture white paper, appendix A
+}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name; None for one that is not in PEAK_FLOPS."""
-    return next((most for name, most in PEAK_FLOPS.items() if name in device_name), None)
+    """Dense bf16 FLOP/s of a GPU by its name, as `torch.cuda.get_device_name` gives it.
 
-
-def forward_flops(config: Any, seq_len: int) -> dict[str, float]:
-    """FLOPs of one token's forward pass in a sequence of seq_len tokens, by component.
-
-    "projections" (q, k, v, o), "scores" (and their product with the values), "mlp", "head", "read"
-    (the compressors, also the readout's), "write" (gates, targets, directions, rank-1 writes) and
-    "expand" (the embedding convolution), over all layers.
-
-    A multiply-add counts as two, causal attention at its average of (seq_len + 1)/2 keys.
-    Element-wise work that every variant shares (norms, RoPE, SwiGLU, softmax) is left out, as
-    usual; what the residual adds is counted in full.
+    All words must be those of PEAK_FLOPS, but for the maker and the size of the memory: a slice of
+    a GPU, or one for laptops, is another one. None for a name that is not there.
     """
-    d, layers, dv = config.hidden_size, config.num_hidden_layers, config.value_channels
-    heads = config.num_attention_heads * config.head_dim
-    key_value = config.num_key_value_heads * config.head_dim
-    return {
-        "projections": layers * 2 * d * (2 * heads + 2 * key_value),
-        "scores": layers * 2 * 2 * heads * (seq_len + 1) / 2,
-        "mlp": layers * 2 * 3 * d * config.intermediate_size,
-        "head": 2 * d * config.vocab_size,
-        "read": (2 * layers + 1) * _read_flops(config),
-        "write": 2 * layers * _write_flops(config),
-        "expand": 2 * d * dv * config.embedding_kernel_size if config.embedding_conv else 0,
-    }
-
-
-def flops_per_token(config: Any, seq_len: int) -> float:
-    """FLOPs of one training token: `forward_flops`, and twice as many for the backward pass."""
-    return 3 * sum(forward_flops(config, seq_len).values())
-
-
-def _read_flops(config: Any) -> float:
-    """Compressing X (d, d_v) into the width-d input of a sublayer."""
-    taps = {None: 0, "channel": 1, "token": config.compressor_kernel_size or 4}
-    return 2 * config.hidden_size * config.value_channels * taps[config.compressor]
-
-
-def _write_flops(config: Any) -> float:
-    """Gate, target, direction and the rank-1 write of one sublayer."""
-    d, dv = config.hidden_size, config.value_channels
-    if config.residual == "additive":
-        return d if dv == 1 else 2 * d * dv
-    gate = {"fixed": 0, "layer": 0, "token": 2 * d}[config.gate]
-    if config.gate_hidden_size:
-        gate = 2 * config.gate_hidden_size * (d + 1)
-    gates = gate * (2 if config.separate_gates else 1)
-    value = 0 if config.value_activation == "constant" else 2 * d * dv
-    direction = 2 * d + d  # the norm of k̃, and its scaling
-    if config.direction_source == "mlp":
-        direction += d * dv + 4 * d * config.direction_hidden_size
-    readout = 2 * d * dv if config.erase else 0
-    return gates + value + direction + readout + 2 * d * dv
+    words = [
+        word
+        for word in re.split("[ -]", device_name.replace("PCIE", "PCIe"))
+        if not re.fullmatch(r"NVIDIA|GeForce|\d+GB", word)
+    ]
+    return PEAK_FLOPS.get(" ".join(words))
 
 
 class PeakMemory:
     """Context manager: `bytes` is the highest memory use inside, over what was there before.
 
-    On a GPU that is the allocator's peak. On a CPU it is the growth of the process's resident
-    memory, sampled every 10 ms, after memory that earlier work freed went back to the system.
+    On a GPU it is what tensors take in torch's allocator, on the current device. On a CPU it is
+    the growth of the process's resident memory, sampled every 10 ms, after memory that earlier
+    work freed went back to the system.
     """
 
     bytes: int = 0
 
     def __enter__(self) -> "PeakMemory":
+        # An earlier model that waits for the collector would go, unseen, while this one grows.
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
             return self
         _return_freed_memory()
         self._process = psutil.Process()
@@ -99,7 +74,7 @@ class PeakMemory:
 
     def __exit__(self, *exc: object) -> None:
         if torch.cuda.is_available():
-            self.bytes = torch.cuda.max_memory_allocated()
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
             return
         self._stop.set()
         self._sampler.join()

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from deep_delta.accounting import PeakMemory, flops_per_token, peak_flops
+from deep_delta.accounting import PeakMemory, peak_flops
 from deep_delta.bench.op import available_providers
 from deep_delta.bench.record import OK, Record, chosen, table
 from deep_delta.bench.subject import Setup, Subject, Wrong, graphs_apart
 from deep_delta.bench.timing import device, host_time, times
 from deep_delta.errors import UserError
+from deep_delta.model.flops import flops_per_token
 from deep_delta.model.loss import LOSSES, resolve_loss
 from deep_delta.model.presets import SIZES, VARIANTS
 
@@ -123,10 +124,11 @@ class Benchmark:
             self.seconds[subject] = {}
             # Training comes first, so that this is the peak of training steps if there are any.
             for mode in self.setup.modes:
+                own = _allocated() - held
                 with PeakMemory() as peak:
                     subject.capture(mode)
                     self.seconds[subject][mode] = self._alone(subject, mode)
-                self.peak.setdefault(subject, peak.bytes - held)
+                self.peak.setdefault(subject, own + peak.bytes)
                 work = functools.partial(subject.work, mode)
                 self.host[subject, mode] = host_time(work)
             self._report(subject, "alone", OK)

@@ -35,7 +35,7 @@ from deep_delta.model.configuration import DeepDeltaConfig
 from deep_delta.model.loading import CompleteLoading
 from deep_delta.model.loss import LinearCrossEntropy, linear_cross_entropy
 from deep_delta.model.versions import CACHE, output_keyword
-from deep_delta.residual import ResidualModule, RMSNorm, State, TokenWindow
+from deep_delta.residual import ResidualModule, RMSNorm, State, TokenWindow, flops_of
 
 
 class AttentionNormAfterRope(Qwen3Attention):
@@ -73,6 +73,11 @@ class AttentionNormAfterRope(Qwen3Attention):
 ATTENTION = {"before_rope": Qwen3Attention, "after_rope": AttentionNormAfterRope}
 
 
+def linear_flops(*layers: nn.Linear) -> int:
+    """FLOPs of a token in linear layers."""
+    return sum(2 * layer.in_features * layer.out_features for layer in layers)
+
+
 class DeepDeltaBlock(GradientCheckpointingLayer):
     """Attention and MLP, each behind a residual. The fields of a `State` in, a `State` out."""
 
@@ -85,6 +90,25 @@ class DeepDeltaBlock(GradientCheckpointingLayer):
         self.mlp = Qwen3MLP(config)
         for linear in (self.self_attn.o_proj, self.mlp.down_proj):
             linear.feeds_stream = True  # see `_init_weights`
+
+    def flops(self, seq_len: int) -> dict[str, float]:
+        """FLOPs of a token by component: its part of `model.flops.forward_flops`."""
+        attention, mlp = self.self_attn, self.mlp
+        residuals: tuple[Any, Any] = (self.attn_residual, self.mlp_residual)
+        readers = [each.reader for each in residuals if hasattr(each, "reader")]
+
+        def shared() -> Any:
+            return self.attn_residual.compressor
+
+        return {
+            "projections": linear_flops(
+                attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+            ),
+            "scores": 2 * 2 * attention.o_proj.in_features * (seq_len + 1) / 2,
+            "mlp": linear_flops(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+            "read": sum(flops_of(reader(shared)) for reader in readers),
+            "write": sum(flops_of(residual) for residual in residuals),
+        }
 
     def forward(self, *state, window: TokenWindow, **attention) -> State:
         def attend(context: Tensor) -> Tensor:

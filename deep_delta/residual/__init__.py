@@ -7,7 +7,7 @@ from deep_delta.residual.compress import (
     TokenCompressor,
     fold_channel_kernel,
 )
-from deep_delta.residual.contract import ResidualModule, State, TokenWindow
+from deep_delta.residual.contract import ResidualModule, State, TokenWindow, flops_of
 from deep_delta.residual.expand import EmbeddingConv, Repeat, StateReadout
 from deep_delta.residual.generators import (
     ConstantValue,
@@ -42,5 +42,6 @@ __all__ = [
     "TokenCompressor",
     "TokenGate",
     "TokenWindow",
+    "flops_of",
     "fold_channel_kernel",
 ]

@@ -22,6 +22,7 @@ class Compressor(ResidualModule):
     """What compressors share: X (B, T, d, d_v) -> (B, T, d), at least fp32.
 
     Called with None it lends its taps (K, d_v, d), at least fp32, or None where it passes X on.
+    Every subclass says what a read by it costs a token: see `flops_of`.
     """
 
     def taps(self) -> Tensor | None:
@@ -51,6 +52,9 @@ class ScalarRead(Compressor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """It has none."""
 
+    def flops(self) -> int:
+        return 0
+
     def taps(self) -> None:
         return None
 
@@ -75,6 +79,9 @@ class ChannelCompressor(Compressor):
         else:
             kernel = normal(self.weight.shape, self.std, generator)
             start_(self.weight, fold_channel_kernel(kernel, average))
+
+    def flops(self) -> int:
+        return 2 * self.weight.numel()
 
     def taps(self) -> Tensor:
         return self.weight.mT.unsqueeze(0).contiguous()
@@ -102,6 +109,9 @@ class TokenCompressor(Compressor):
             start_(self.weight, current_token(self.weight.shape[-1]))
         else:
             start_(self.weight, normal(self.weight.shape, self.std, generator))
+
+    def flops(self) -> int:
+        return 2 * self.weight.numel()  # the read vector is folded into it, once for all tokens
 
     def taps(self) -> Tensor:
         return fold_taps(self.weight, self.read)

@@ -153,6 +153,24 @@ class ResidualModule(nn.Module):
         raise NotImplementedError  # every subclass says how its parameters start
 
 
+def flops_of(part: nn.Module, *sizes: int) -> int:
+    """What a part adds to a token's forward pass, in FLOPs: its own `flops`, asked for here alone.
+
+    A multiply-add counts as two. Every part of a residual, and a residual itself, has this method;
+    `sizes` are what the part cannot know by itself.
+
+    Raises:
+        NotImplementedError: it has none; one line.
+    """
+    count = getattr(part, "flops", None)
+    if count is None:
+        raise NotImplementedError(
+            f"{type(part).__name__} does not say what it costs: define flops(), the floating-point "
+            "operations that it adds to a token's forward pass (a multiply-add counts as two)"
+        )
+    return count(*sizes)
+
+
 def gate_bias(gate: float) -> float:
     """The bias x with 2σ(x) = gate, which is logit(gate/2).
 

@@ -11,6 +11,7 @@ from deep_delta.residual.contract import (
     State,
     TokenWindow,
     documents,
+    flops_of,
     start_,
 )
 
@@ -21,6 +22,9 @@ class Repeat(nn.Module):
     def __init__(self, value_channels: int, dtype: torch.dtype | None = None):
         super().__init__()
         self.value_channels, self.dtype = value_channels, dtype
+
+    def flops(self) -> int:
+        return 0
 
     def forward(self, embeddings: Tensor, window: TokenWindow | None = None) -> State:
         x = embeddings.to(self.dtype or embeddings.dtype).unsqueeze(-2)
@@ -50,6 +54,9 @@ class EmbeddingConv(ResidualModule):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         start_(self.weight, current_token(self.weight.shape[-1]))
 
+    def flops(self) -> int:
+        return 2 * self.weight.numel()
+
     def forward(self, embeddings: Tensor, window: TokenWindow | None = None) -> State:
         tokens, dtype = embeddings.shape[1], self.dtype or embeddings.dtype
         if window is not None:
@@ -67,6 +74,9 @@ class StateReadout(nn.Module):
     def __init__(self, compressor: Compressor, slot: CacheSlot = (0, 0), backend: str = "auto"):
         super().__init__()
         self.compressor, self.slot, self.backend = compressor, slot, backend
+
+    def flops(self) -> int:
+        return flops_of(self.compressor)
 
     def forward(self, state: State, window: TokenWindow | None = None) -> Tensor:
         if self.compressor.looks_back(window):

@@ -9,6 +9,8 @@ it lends that step's rows and bias, and it goes on from the logits in `from_logi
 called with the source itself.
 `reads_source` is False where only the source's shape matters, a direction's `reads_state` where X
 does not: it need not be stored then.
+Each says what it costs a token (`flops_of`): `flops()`, a direction, which may read all of X,
+`flops(value_channels)`.
 """
 
 import math
@@ -82,6 +84,9 @@ class TokenGate(ResidualModule):
         start_(self.weight, normal(self.weight.shape, std, generator))
         start_(self.bias, torch.tensor(gate_bias(self.start), device="cpu"))
 
+    def flops(self) -> int:
+        return 2 * (self.weight.numel() + (0 if self.hidden is None else self.hidden.numel()))
+
     @property
     def lends_rows(self) -> bool:
         return self.hidden is None
@@ -112,6 +117,9 @@ class LayerGate(ResidualModule):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         start_(self.bias, torch.tensor(gate_bias(self.start), device="cpu"))
 
+    def flops(self) -> int:
+        return 0
+
     def forward(self, context: Tensor) -> Tensor:
         dtype = torch.promote_types(context.dtype, torch.float32)
         return 2 * torch.sigmoid(self.bias.to(dtype)).expand(context.shape[:-1])
@@ -125,6 +133,9 @@ class FixedGate(nn.Module):
     def __init__(self, start: float = 1.0):
         super().__init__()
         self.start = start
+
+    def flops(self) -> int:
+        return 0
 
     def forward(self, context: Tensor) -> Tensor:
         dtype = torch.promote_types(context.dtype, torch.float32)
@@ -160,6 +171,9 @@ class LinearValue(ResidualModule):
         if self.bias is not None:
             start_(self.bias, uniform(self.bias.shape, self.bias_range, generator))
 
+    def flops(self) -> int:
+        return 2 * self.weight.numel()
+
     def from_logits(self, logits: Tensor) -> Tensor:
         """Logits (B, T, d_v) -> v (B, T, d_v)."""
         return logits if self.scale is None else self.scale * torch.sigmoid(logits)
@@ -187,6 +201,9 @@ class ConstantValue(ResidualModule):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         start_(self.vector, distinct_around(self.start, self.vector.numel(), generator))
 
+    def flops(self) -> int:
+        return 0
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return self.vector.to(dtype).expand(*x.shape[:-1], -1)
@@ -196,6 +213,9 @@ class SublayerDirection(nn.Module):
     """k̃ = h, the sublayer's output (the paper's choice). None, h (B, T, d) -> (B, T, d)."""
 
     reads_state = False
+
+    def flops(self, value_channels: int) -> int:
+        return 0
 
     def forward(self, x: None, output: Tensor) -> Tensor:
         return output
@@ -221,6 +241,10 @@ class StateDirection(ResidualModule):
         # The usual fan-in scale: the direction's length is divided out, its angle is not.
         start_(self.inner, normal(self.inner.shape, self.std, generator))
         start_(self.outer, normal(self.outer.shape, 1 / math.sqrt(self.outer.shape[1]), generator))
+
+    def flops(self, value_channels: int) -> int:
+        pooled = self.inner.shape[1] * value_channels
+        return pooled + 2 * (self.inner.numel() + self.outer.numel())
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         pooled = x.mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -19,6 +19,7 @@ from deep_delta.residual.contract import (
     TokenWindow,
     distinct_around,
     documents,
+    flops_of,
     start_,
 )
 from deep_delta.residual.generators import (
@@ -50,6 +51,8 @@ class RMSNorm(nn.RMSNorm):
 
 class Residual(ResidualModule):
     """Settles the pending write, compresses and normalises: what all residuals have in common.
+
+    Every subclass says what it costs a token beside the sublayer and its compressor: `flops_of`.
 
     Args:
         width: d.
@@ -83,6 +86,7 @@ class Residual(ResidualModule):
         rebuild: int = 0,
     ):
         super().__init__()
+        self.width, self.value_channels = width, value_channels
         if compressor is None and owns_compressor:
             compressor = (
                 ScalarRead() if value_channels == 1 else ChannelCompressor(width, value_channels)
@@ -176,6 +180,9 @@ class AdditiveResidual(Residual):
         if self.spread is not None:
             start_(self.spread, distinct_around(1.0, self.spread.numel(), generator))
 
+    def flops(self) -> int:
+        return self.width if self.spread is None else 2 * self.width * self.value_channels
+
     def forward(
         self,
         state: State,
@@ -234,6 +241,14 @@ class DeltaResidual(Residual):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Nothing of its own: gate, value, direction and compressor know their starts."""
+
+    def flops(self) -> int:
+        gates = (self.gate,) if self.erase_gate is None else (self.gate, self.erase_gate)
+        made = sum(flops_of(part) for part in (*gates, self.value))
+        made += flops_of(self.direction, self.value_channels)
+        normalised = 3 * self.width  # the length of k̃, and its scaling
+        rank_one = 2 * self.width * self.value_channels  # the write, or the readout kᵀX
+        return made + normalised + (2 if self.erase else 1) * rank_one
 
     def forward(
         self,

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from deep_delta.accounting import flops_per_token
 from deep_delta.data import Manifest, TokenShards
 from deep_delta.data.files import publish_folder, write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.model.flops import flops_per_token
 from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.train.checkpoint import (
     STAGE,

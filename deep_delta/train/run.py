@@ -9,12 +9,13 @@ from torch import nn
 from transformers import set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from deep_delta.accounting import PeakMemory, flops_per_token
+from deep_delta.accounting import PeakMemory
 from deep_delta.checkpoint import quiet_transformers
 from deep_delta.data import Manifest, PackedSequences, TokenShards, check_tokenizer, prepare_bundled
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.model.compile import compile_layers
+from deep_delta.model.flops import flops_per_token
 from deep_delta.model.loss import LinearCrossEntropy, resolve_loss
 from deep_delta.train.checkpoint import step_of
 from deep_delta.train.devices import find_devices

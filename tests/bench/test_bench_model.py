@@ -126,6 +126,30 @@ def test_models_that_do_not_fit_together_are_let_go(monkeypatch):
     assert not running.interleave
 
 
+def test_peak_memory_is_without_other_models_but_with_the_models_own(monkeypatch):
+    class Measured(bench.PeakMemory):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.bytes = 7  # beyond what was there when it began
+
+    setup = subject.Setup(
+        torch.device("cpu"), "tiny", 2, 32, "bfloat16", False, False, "torch", ("train",)
+    )
+    running = bench.Benchmark(setup, 1, 1, bench.Record("ddl"))
+    one = subject.Subject("additive", "reference", 0, setup)
+    held = iter([30, 100])  # before and after the model is built
+    monkeypatch.setattr(bench, "_allocated", lambda: next(held))
+    monkeypatch.setattr(bench, "PeakMemory", Measured)
+    monkeypatch.setattr(bench, "host_time", lambda _: None)
+    monkeypatch.setattr(subject.Subject, "begin", lambda _: None)
+    monkeypatch.setattr(subject.Subject, "capture", lambda *_: None)
+    monkeypatch.setattr(running, "_alone", lambda *_: 1.0)
+    assert running._attempt(one) == bench.OK
+    assert running.peak == {one: 70 + 7}
+
+
 def test_the_rule_for_models():
     def outcome(loss, *gradient):
         return Outcome(loss, {"w": [torch.tensor(gradient)]})
