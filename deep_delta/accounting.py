@@ -67,14 +67,20 @@ class PeakMemory:
         self._sampler.start()
         return self
 
+    def so_far(self) -> int:
+        """The highest memory use inside until now."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() - self._before
+        return self.bytes
+
     def _sample(self) -> None:
         while not self._stop.is_set():
             self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
             time.sleep(0.01)
 
     def __exit__(self, *exc: object) -> None:
+        self.bytes = self.so_far()
         if torch.cuda.is_available():
-            self.bytes = torch.cuda.max_memory_allocated() - self._before
             return
         self._stop.set()
         self._sampler.join()

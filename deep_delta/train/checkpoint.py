@@ -25,6 +25,10 @@ from deep_delta.train.processes import is_main, on_each, on_main
 PREFIX = "checkpoint-"  # before the step
 CONTENTS = "contents.json"  # size and SHA-256 of every other file
 STAGE = "unfinished"  # in the run folder: where a checkpoint is written
+ORDER, DATA_ORDER = (
+    "data_order.json",
+    2,
+)  # which order of the data a step is a place in; 1: Trainer's
 OPTIMIZER = "optimizer.pt"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -80,6 +84,17 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
+def check_order(checkpoint: Path) -> None:
+    """UserError for a checkpoint of a version whose data order was another."""
+    path = checkpoint / ORDER
+    order = json.loads(path.read_bytes())["data_order"] if path.is_file() else 1
+    if order != DATA_ORDER:
+        raise UserError(
+            f"{checkpoint} was left by another version of this package, whose data came in another "
+            "order: end the run with that version, or start over by ddl train --resume never"
+        )
+
+
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint of a run folder whose files are whole.
 
@@ -129,6 +144,7 @@ def save_checkpoint(
         save_weights(model, staged)
         state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
         on_main(lambda: torch.save(state, staged / OPTIMIZER))
+        on_main(lambda: write_json_atomically(staged / ORDER, {"data_order": DATA_ORDER}))
         on_main(lambda: publish(staged, folder, keep))
     except RuntimeError as error:
         if "inline_container" not in str(error):

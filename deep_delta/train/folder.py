@@ -17,6 +17,7 @@ from deep_delta.model.flops import flops_per_token
 from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.train.checkpoint import (
     STAGE,
+    check_order,
     checkpoints,
     fault,
     newest_whole,
@@ -146,12 +147,15 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
             )
     if finished:
         return None
+    begins_at = start or newest
+    if begins_at:
+        check_order(begins_at)
     folder.mkdir(parents=True, exist_ok=True)
     if start:
         put_others_aside(folder, start)
     save_recipe(recipe, folder / RECIPE)
     write_json_atomically(folder / DATA, identity)
-    return start or newest
+    return begins_at
 
 
 def _data_identity(data: Manifest) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deep_delta.accounting import peak_flops
+from deep_delta.accounting import PeakMemory, peak_flops
 from deep_delta.data.files import write_atomically
 from deep_delta.train.processes import is_main
 from deep_delta.train.progress import ProgressLine
@@ -50,7 +50,7 @@ class Metrics:
     """Writes metrics.jsonl and the progress line, and gives every row to `also`.
 
     Rows at logged steps: step, tokens, flops, seconds, loss, lr, grad_norm, tokens_per_s, on a GPU
-    memory_bytes (the allocator's peak so far) and, where its peak speed is known, mfu; at
+    memory_bytes (the run's peak so far) and, where its peak speed is known, mfu; at
     evaluations: step, tokens, flops, seconds, val_loss. `seconds` is training time, waiting for
     data included, without evaluation and saving; `tokens` counts input tokens and `flops` what
     they cost by `flops_per_token`; `loss` is the mean over the steps since the last row.
@@ -66,11 +66,13 @@ class Metrics:
         flops_per_token: float,
         resumed_at: int,
         devices: int,
+        memory: PeakMemory,
         progress: ProgressLine,
         also: Callable[[Row], None],
     ):
         self.path, self.tokens_per_step, self.progress = path, tokens_per_step, progress
-        self.flops_per_token, self.devices, self.also = flops_per_token, devices, also
+        self.flops_per_token, self.devices = flops_per_token, devices
+        self.memory, self.also = memory, also
         rows = keep_until(path, resumed_at) if is_main() else []
         self.seconds: float = rows[-1]["seconds"] if rows else 0.0
         self.last_step = resumed_at
@@ -94,7 +96,7 @@ class Metrics:
             "tokens_per_s": round(speed, 1),
         }
         if torch.cuda.is_available():
-            row["memory_bytes"] = torch.cuda.max_memory_allocated()
+            row["memory_bytes"] = self.memory.so_far()
             most = peak_flops(torch.cuda.get_device_name())
             if most is not None:
                 row["mfu"] = round(speed * self.flops_per_token / (most * self.devices), 4)

@@ -121,6 +121,7 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
             flops_per_token=flops_per_token(config, recipe.seq_len),
             resumed_at=start,
             devices=processes(),
+            memory=memory,
             progress=progress,
             also=trackers.log,
         )

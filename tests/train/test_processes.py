@@ -139,7 +139,7 @@ def test_two_processes_with_shards_train_as_one(micro_data, tmp_path, variant):
     saved = {path.name for path in (shards.run_folder / "checkpoint-20").iterdir()}
     assert saved == {
         "config.json", "generation_config.json", "model.safetensors", "optimizer.pt",
-        "contents.json",
+        "data_order.json", "contents.json",
     }  # fmt: skip
     expected = load_file(recipe.run_folder / "final" / "model.safetensors")
     assert load_file(shards.run_folder / "final" / "model.safetensors").keys() == expected.keys()

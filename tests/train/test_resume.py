@@ -373,6 +373,23 @@ def test_what_is_not_a_checkpoint_of_this_run_is_one_line(micro_data, tmp_path, 
     assert not (recipe.run_folder / "result.json").exists()
 
 
+def test_a_checkpoint_of_another_data_order_is_refused(micro_data, tmp_path, at_pass):
+    """Those of versions that trained by transformers' Trainer do not say theirs."""
+    recipe = micro_recipe(micro_data, tmp_path)
+    at_pass(4, press_ctrl_c)
+    with pytest.raises(Interrupted):
+        train(recipe)
+    checkpoint = recipe.run_folder / "checkpoint-4"
+    contents = json.loads((checkpoint / "contents.json").read_text())
+    (checkpoint / "data_order.json").unlink()
+    del contents["data_order.json"]
+    (checkpoint / "contents.json").write_text(json.dumps(contents))
+    for start in ("auto", str(checkpoint)):
+        line = user_error(train, dataclasses.replace(recipe, resume=start))
+        assert f"{checkpoint} was left by another version" in line
+    assert checkpoint.is_dir()
+
+
 def test_other_batches_from_a_path_are_refused(micro_data, tmp_path):
     """A checkpoint's step is its place in the data."""
     first = micro_recipe(micro_data, tmp_path / "first", save_every=3)

@@ -65,11 +65,10 @@ def test_metrics_are_complete_and_in_order(micro_data, tmp_path):
 
 @pytest.mark.parametrize(("name", "known"), [("NVIDIA H100 80GB HBM3", True), ("Another", False)])
 def test_a_gpus_memory_and_utilisation_are_logged(tmp_path, monkeypatch, name, known):
-    cuda = SimpleNamespace(
-        is_available=lambda: True, max_memory_allocated=lambda: 7, get_device_name=lambda: name
-    )
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_name=lambda: name)
     monkeypatch.setattr(metrics, "torch", SimpleNamespace(cuda=cuda))
-    writer = Metrics(tmp_path / "rows", 100, 1e9, 0, 2, ProgressLine("x", 9), also=print)
+    memory = SimpleNamespace(so_far=lambda: 7)
+    writer = Metrics(tmp_path / "rows", 100, 1e9, 0, 2, memory, ProgressLine("x", 9), also=print)
     writer.start_clock()
     writer.trained(3, loss=1.0, lr=1e-3, grad_norm=1.0)
     (row,) = read_metrics(tmp_path / "rows")
