@@ -64,8 +64,8 @@ def with_other(change=lambda batches: batches, **fields):
     [
         (with_other(seed=1), "start from other weights"),
         (with_other(lambda batches: [ids.roll(1, 0) for ids in batches]), "saw other batches"),
-        (with_other(lr=1.1e-3), "losses part at step 3"),  # the first step's rate is 0
-        (with_other(warmup_steps=6), "losses part at step 3"),
+        (with_other(lr=1.1e-3), "losses part at step 2"),
+        (with_other(warmup_steps=6), "losses part at step 2"),
         (with_other(clip=1e9), "losses part at step"),
         (with_other(weight_decay=0.0), "losses part at step"),
     ],

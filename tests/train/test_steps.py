@@ -1,6 +1,7 @@
 """What a training step does: its batch, its loss, its update."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -105,14 +106,24 @@ def test_weight_decay_is_on_matrices_only(micro_data, tmp_path, decay_residual, 
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_ratio(micro_data, tmp_path):
-    recipe = micro_recipe(micro_data, tmp_path, steps=10, lr=0.01, min_lr_ratio=0.3, eval_every=10)
+    fields = {"steps": 10, "lr": 0.01, "min_lr_ratio": 0.3, "warmup_steps": 4, "eval_every": 10}
+    recipe = micro_recipe(micro_data, tmp_path, **fields)
     train(recipe)
     rates = [row["lr"] for row in rows_of(recipe.run_folder, "loss")]
-    assert max(rates) == pytest.approx(0.01)
-    assert rates.index(max(rates)) in (1, 2)
-    assert rates[:2] == sorted(rates[:2])
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert 0.003 <= rates[-1] < 0.0035
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    cosine = [0.003 + 0.007 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert rates[4:] == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_the_first_step_updates(micro_data, tmp_path, warmup_steps):
+    recipe = micro_recipe(micro_data, tmp_path, steps=1, warmup_steps=warmup_steps)
+    train(recipe)
+    set_seed(recipe.seed)
+    before = DeepDeltaForCausalLM(model_config(recipe)).state_dict()
+    after = weights(recipe.run_folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(before[name], after[name])
 
 
 @pytest.mark.parametrize("variant", ["ddl-tc", "additive-expanded"])
