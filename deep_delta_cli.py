@@ -140,7 +140,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         print("Fields of the recipe:\n")
         return _print_fields(without=COMPARE_DECIDES, defaults=COMPARE_DEFAULTS)
     _need("train", "accelerate", "psutil", "yaml")
-    _need("report", "matplotlib", "rich")
+    _need("report", "matplotlib", "rich", "scipy")
     from deep_delta.compare import DEFAULT_SEEDS, DEFAULT_VARIANTS, compare
     from deep_delta.errors import UserError
     from deep_delta.train import Interrupted, make_recipe, parse_overrides
@@ -169,7 +169,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _audit(options: argparse.Namespace, rest: list[str]) -> int:
     _need("train", "psutil", "yaml")
-    _need("report", "matplotlib")
+    _need("report", "matplotlib", "scipy")
     from deep_delta.audit import audit
     from deep_delta.bench.record import environment
 

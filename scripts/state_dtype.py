@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where nothi
 
 import torch
 
-from deep_delta.report.statistics import paired_difference
+from deep_delta.compare.statistics import judge
 from deep_delta.train.recipe import Recipe
 from deep_delta.train.run import train
 
@@ -62,16 +62,17 @@ def main() -> None:
             assert found is not None
             losses[dtype][seed] = found
         one = ", ".join(f"{dtype} {losses[dtype][seed]:.5f}" for dtype in DTYPES)
-        all_of_them = paired_difference(losses["bfloat16"], losses["float32"])
+        (all_of_them,) = judge(losses, [DTYPES]).contrasts
         bounds = ""
-        if all_of_them.high is not None:
-            bounds = f", 95 % interval {all_of_them.low:+.5f} to {all_of_them.high:+.5f}"
+        high = all_of_them.bonferroni_high  # of one contrast: Student's t interval
+        if high is not None:
+            bounds = f", 95 % interval {all_of_them.bonferroni_low:+.5f} to {high:+.5f}"
         mean = f"bfloat16 − float32: {all_of_them.mean:+.5f} nats"
         print(f"{options.variant} seed {seed}: {one}; {mean} (n = {all_of_them.n}{bounds})")
-    if all_of_them.high is None:
+    if high is None:
         print("fewer than three seeds: no decision")
     else:
-        below = all_of_them.high < LIMIT
+        below = high < LIMIT
         print(f"upper end {'below' if below else 'not below'} {LIMIT} nats")
 
 

@@ -282,7 +282,12 @@ def test_a_bug_keeps_its_traceback(here, monkeypatch):
 
 @pytest.mark.parametrize(
     ("command", "module", "extra"),
-    [("train x.yaml", "accelerate", "train"), ("compare", "matplotlib", "report")],
+    [
+        ("train x.yaml", "accelerate", "train"),
+        ("compare", "matplotlib", "report"),
+        ("compare", "scipy", "report"),
+        ("audit x", "scipy", "report"),
+    ],
 )
 def test_a_missing_extra_is_named(refused, monkeypatch, command, module, extra):
     found = importlib.util.find_spec

@@ -4,9 +4,8 @@ import math
 from typing import Any
 
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
-
-from deep_delta.report.statistics import student_t_quantile
 
 LEVEL = 0.95
 FEWEST = 3  # sequences; with fewer no interval is given
@@ -61,7 +60,7 @@ def _entry(
     if sequences < FEWEST:
         return {**entry, "low": None, "high": None}
     error = _deviation(sequences, their_sum, their_squares) / math.sqrt(sequences - 1)
-    half = student_t_quantile((1 + LEVEL) / 2, sequences - 1) * error
+    half = float(student_t.isf((1 - LEVEL) / 2, sequences - 1)) * error
     return {**entry, "low": mean - half, "high": mean + half}
 
 

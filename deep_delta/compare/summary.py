@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from deep_delta.report import mean_and_spread, paired_difference
+from deep_delta.compare.statistics import judge, mean_and_spread
 from deep_delta.train import RunResult
 
 LEVEL = 0.95
@@ -22,23 +22,32 @@ def summarise(
 ) -> dict[str, Any]:
     """The summary of a comparison, ready for JSON.
 
-    A variant's loss and perplexity are mean and sample standard deviation over its seeds; its
-    difference is that of pairs of runs with the same seed, with a Student t interval at LEVEL. A
-    run that diverged has val_loss None; its variant then has no mean, spread and difference.
+    A variant's loss is mean and sample standard deviation over its seeds, its perplexity the
+    exponential of that mean. A run that diverged has val_loss None; its variant then has no mean,
+    spread and perplexity. "contrasts" are the fields of `Contrast`, one for each variant against
+    the baseline, "residual" those of `Judgement` that say how large residuals are.
     """
     by_variant: dict[str, list[RunResult]] = {}
     for result in results:
         by_variant.setdefault(result.variant, []).append(result)
-    reference = _losses(by_variant[baseline]) if baseline else None
+    losses = {variant: _losses(runs) for variant, runs in by_variant.items()}
+    others = [variant for variant in by_variant if variant != baseline]
+    pairs = [(variant, baseline) for variant in others] if baseline else []
+    judgement = judge(losses, pairs, LEVEL)
     return {
-        "schema": 1,
+        "schema": 2,
         **context,
         "baseline": baseline,
         "level": LEVEL,
-        "variants": [
-            _variant(runs, None if variant == baseline else reference)
-            for variant, runs in by_variant.items()
+        "residual": {
+            "deviation": judgement.residual_deviation,
+            "degrees_of_freedom": judgement.degrees_of_freedom,
+        },
+        "contrasts": [
+            {name: _for_json(value) for name, value in asdict(contrast).items()}
+            for contrast in judgement.contrasts
         ],
+        "variants": [_variant(runs) for runs in by_variant.values()],
         "runs": [
             {
                 "variant": run.variant,
@@ -55,9 +64,9 @@ def summarise(
     }
 
 
-def _variant(runs: list[RunResult], reference: dict[int, float] | None) -> dict[str, Any]:
-    losses = _losses(runs)
+def _variant(runs: list[RunResult]) -> dict[str, Any]:
     first = runs[0]
+    mean, spread = mean_and_spread(list(_losses(runs).values()))
     return {
         "variant": first.variant,
         "parameters": first.parameters,
@@ -66,29 +75,23 @@ def _variant(runs: list[RunResult], reference: dict[int, float] | None) -> dict[
         "hardware": sorted({run.hardware or "unknown hardware" for run in runs}),
         # The median: on a CPU the first run of a process also pays for what libraries load.
         "peak_memory_bytes": int(median(run.peak_memory_bytes for run in runs)),
-        "val_loss": _mean_and_spread(list(losses.values())) | {"n": len(runs)},
-        "perplexity": _mean_and_spread([math.exp(loss) for loss in losses.values()]),
-        "difference": None if reference is None else _difference(losses, reference),
+        "val_loss": {"mean": _for_json(mean), "spread": spread, "n": len(runs)},
+        "perplexity": _for_json(_exp(mean)),
     }
+
+
+def _exp(loss: float) -> float:
+    """e to the loss, and infinity for what is no loss of a language model any more."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _losses(runs: list[RunResult]) -> dict[int, float]:
     return {run.seed: math.nan if run.val_loss is None else run.val_loss for run in runs}
 
 
-def _mean_and_spread(values: list[float]) -> dict[str, float | None]:
-    mean, spread = mean_and_spread(values)
-    return {"mean": _finite(mean), "spread": _finite(spread)}
-
-
-def _difference(losses: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
-    difference = asdict(paired_difference(losses, reference, LEVEL))
-    return {
-        key: _finite(value) if isinstance(value, float) else value
-        for key, value in difference.items()
-    }
-
-
-def _finite(value: float | None) -> float | None:
+def _for_json(value: Any) -> Any:
     """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value

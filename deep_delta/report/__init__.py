@@ -9,20 +9,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deep_delta.report.html import write_report as write_report
-    from deep_delta.report.statistics import Difference as Difference
-    from deep_delta.report.statistics import mean_and_spread as mean_and_spread
-    from deep_delta.report.statistics import paired_difference as paired_difference
     from deep_delta.report.table import conclusions as conclusions
     from deep_delta.report.table import markdown_table as markdown_table
     from deep_delta.report.table import print_table as print_table
     from deep_delta.report.table import summary_rows as summary_rows
 
 _MODULES = {
-    "Difference": "statistics",
     "conclusions": "table",
     "markdown_table": "table",
-    "mean_and_spread": "statistics",
-    "paired_difference": "statistics",
     "print_table": "table",
     "summary_rows": "table",
     "write_report": "html",

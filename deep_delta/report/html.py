@@ -1,14 +1,21 @@
 """``report.html``: the comparison as one self-contained page, and its charts as files."""
 
-from collections.abc import Mapping
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from deep_delta.report import numbers, parts, plots, render
 from deep_delta.report.curves import Axis, Curves, over_seeds
 from deep_delta.report.page import whole_page
-from deep_delta.report.table import Summary, column_names, conclusions, interval_name, summary_rows
+from deep_delta.report.table import (
+    Summary,
+    column_names,
+    conclusions,
+    interval_name,
+    judged_by,
+    summary_rows,
+)
 
 REPORT_NAME = "report.html"
 
@@ -18,7 +25,7 @@ _TEXT_COLUMNS = {"variant", "verdict", "directory"}
 def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
     """Write ``report.html`` and its charts (PNG, SVG) into ``out_dir``; return the page's path.
 
-    ``differences`` is drawn only where there are differences to a baseline. Raises
+    ``differences`` is drawn only where there are contrasts. Raises
     UserError, before anything is written, if matplotlib is not installed.
     """
     tokens = plots.loss_curves(curves, "tokens")
@@ -32,15 +39,15 @@ def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     render.save(tokens, out_dir, "loss-vs-tokens")
     render.save(seconds, out_dir, "loss-vs-time")
-    differences = _differences(summary)
-    if differences:
-        forest = plots.forest_plot(differences, summary["baseline"], summary["level"])
+    if summary["contrasts"]:
+        interval = interval_name(summary)
+        forest = plots.forest_plot(summary["contrasts"], summary["baseline"], interval)
         render.save(forest, out_dir, "differences")
         content = _forest_figure(forest, summary)
     else:
         content = "<p>No differences: the baseline was not run, or it was run alone.</p>"
     sections += [
-        parts.section("Paired differences", content),
+        parts.section("Differences", content),
         parts.section("Every run", _runs_table(summary)),
         parts.section("How it was run", _provenance(summary)),
         parts.section("How to read this", _caveats(summary)),
@@ -53,10 +60,9 @@ def write_report(summary: Summary, curves: Curves, out_dir: Path) -> Path:
 
 def _headline(summary: Summary) -> str:
     variants = summary["variants"]
-    compared = [entry for entry in variants if entry["variant"] != summary["baseline"]]
+    verdicts = [contrast["verdict"] for contrast in summary["contrasts"]]
     items = []
-    for entry, sentence in zip(compared, conclusions(summary), strict=True):
-        verdict = (entry["difference"] or {}).get("verdict")
+    for sentence, verdict in zip_longest(conclusions(summary), verdicts):
         mark = f' class="{verdict}"' if verdict in ("lower", "higher") else ""
         items.append(f"<li{mark}>{escape(sentence)}</li>")
     found = f'<ul class="conclusions">\n{"".join(items)}\n</ul>' if items else ""
@@ -71,9 +77,9 @@ def _headline(summary: Summary) -> str:
 
 def _results_table(summary: Summary) -> str:
     caption = (
-        "Mean ± standard deviation over n seeds; differences paired by seed; FLOPs forward and "
-        "backward."
-    )
+        "Mean ± standard deviation over n seeds; perplexity is that of the mean loss; FLOPs "
+        f"forward and backward. {judged_by(summary)}"
+    ).rstrip()
     return parts.table(caption, column_names(summary), summary_rows(summary), _TEXT_COLUMNS)
 
 
@@ -112,19 +118,12 @@ def _curve_figure(figure: Any, curves: Curves, x: Axis) -> str:
     return parts.figure(drawing, title, caption)
 
 
-def _differences(summary: Summary) -> dict[str, Mapping[str, Any]]:
-    return {
-        str(entry["variant"]): entry["difference"]
-        for entry in summary["variants"]
-        if entry["difference"] is not None
-    }
-
-
 def _forest_figure(figure: Any, summary: Summary) -> str:
     title = f"Differences in validation loss to {summary['baseline']}"
     caption = (
-        f"Bar: {interval_name(summary)} over seeds. A bar that crosses zero is within noise. "
-        "Hollow marker: fewer than three seeds, no interval."
+        f"Bar: {interval_name(summary)}. The verdicts are Holm's, which decides a little more: the "
+        "bar of a decided difference may reach over zero. Hollow marker: fewer than three seeds, "
+        "no interval."
     )
     description = " ".join(conclusions(summary))
     return parts.figure(
@@ -140,13 +139,18 @@ def _provenance(summary: Summary) -> str:
 def _caveats(summary: Summary) -> str:
     level = f"{100 * summary['level']:g} %"
     points = [
-        f"“Within noise” means that the {level} interval of the paired difference contains zero: "
-        "these seeds cannot tell the two apart. It does not show that they are equal; more seeds "
-        "narrow the interval.",
-        "The interval is Student's t over seeds of one recipe on one data set. It says nothing "
-        "about another size, a longer training or other data.",
-        f"Each interval stands alone. Among many variants compared at {level}, some fall outside "
-        "zero by chance.",
+        "“Within noise” means that these seeds cannot tell the two apart. It does not show that "
+        "they are equal. “Seeds would decide” is how many it takes for the interval of a "
+        "difference as large as the one seen to leave out zero; if it is the true one, so many "
+        "seeds find it about every second time.",
+        "Intervals and verdicts are about all contrasts at once: if no variant differed, about "
+        f"{level} of such comparisons would call none of them lower or higher.",
+        "A loss is taken as variant + seed + residual, and differences are means over the seeds "
+        "that both variants have. Residuals of all variants together make their deviation; a "
+        "variant whose own residuals are larger is judged by those. Runs that diverged, and the "
+        "other runs of their variant, have no part in it.",
+        "Student's t is over seeds of one recipe on one data set. It says nothing about another "
+        "size, a longer training or other data.",
         "Every variant saw the same number of tokens. A variant with fewer tokens per second took "
         "longer for them: an equal-token comparison is not an equal-time comparison, so look at "
         "the chart against wall-clock as well.",

@@ -1,8 +1,8 @@
 """Numbers as the table, the charts and the sentences print them."""
 
 import math
-
-from deep_delta.report.statistics import DIVERGED, NO_COMMON_SEED
+from collections.abc import Mapping
+from typing import Any
 
 MINUS = "\u2212"
 TIMES = "\u00d7"
@@ -45,13 +45,13 @@ def measured(mean: float | None, spread: float | None, decimals: int) -> str:
     return f"{text} ± {spread:,.{decimals}f}"
 
 
-def difference_with_interval(
-    mean: float | None, low: float | None, high: float | None, n: int, verdict: str
-) -> str:
+def difference_with_interval(contrast: Mapping[str, Any]) -> str:
     """``mean [low, high]``, or the difference with what keeps it from having an interval."""
-    if verdict == NO_COMMON_SEED or n == 0:
+    mean, n = contrast["mean"], contrast["n"]
+    low, high = contrast["bonferroni_low"], contrast["bonferroni_high"]
+    if n == 0:
         return "no common seed"
-    if mean is None or not is_finite(mean) or verdict == DIVERGED:
+    if not is_finite(mean):
         return DIVERGED_CELL
     decimals = decimals_for(mean, low, high)
     if low is None or high is None:
@@ -61,7 +61,14 @@ def difference_with_interval(
 
 def seeds(n: int) -> str:
     """``1 seed``, ``2 seeds``."""
-    return f"{n} seed" if n == 1 else f"{n} seeds"
+    return f"{n:,} seed" if n == 1 else f"{n:,} seeds"
+
+
+def p_value(p: float) -> str:
+    """``p = 0.031``, with two digits of what is below 0.1; ``p < 0.0001``."""
+    if p < 0.0001:
+        return "p < 0.0001"
+    return f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.{1 - math.floor(math.log10(p))}f}"
 
 
 def with_prefix(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Charts from plain data: loss curves and a forest plot of paired differences.
+"""Charts from plain data: loss curves and a forest plot of contrasts.
 
 Each function returns a matplotlib Figure that belongs to no global state;
 `deep_delta.report.render` saves it. matplotlib is imported on the first call.
@@ -166,62 +166,63 @@ def _label_ends(
 
 
 @in_house_style
-def forest_plot(
-    differences: Mapping[str, Mapping[str, Any]], baseline: str, level: float
-) -> "Figure":
-    """Paired differences in validation loss to ``baseline`` with their intervals, one a line.
+def forest_plot(contrasts: Sequence[Mapping[str, Any]], baseline: str, interval: str) -> "Figure":
+    """Contrasts of validation losses with ``baseline`` and their intervals, one a line.
 
-    ``differences`` maps a variant to {"n", "mean", "low", "high", "verdict"}. A hollow marker is
-    a difference without an interval; a diverged one has no marker, only its text.
+    ``contrasts`` are those of a summary, ``interval`` is what their intervals are called. A hollow
+    marker is a difference without an interval; a diverged one has no marker, only its text.
     """
-    texts = [numbers.difference_with_interval(**entry) for entry in differences.values()]
-    left = 0.2 + _CHARACTER * max((len(name) for name in differences), default=0)
+    names = [contrast["arm"] for contrast in contrasts]
+    texts = [numbers.difference_with_interval(contrast) for contrast in contrasts]
+    left = 0.2 + _CHARACTER * max((len(name) for name in names), default=0)
     right = 0.25 + _CHARACTER * max((len(text) for text in texts), default=0)
     below, above = 0.52, 0.3
-    height = 0.36 * max(2, len(differences))
+    height = 0.36 * max(2, len(names))
     width = max(WIDTH, left + right + 2.6)
     figure, axes = new_figure(width, height + below + above, (left, right, below, above))
     axes.axvline(0.0, color=INK, linewidth=1.1, zorder=1)
-    for line, (name, entry) in enumerate(differences.items()):
-        _draw_difference(axes, line, name, entry)
+    for line, contrast in enumerate(contrasts):
+        _draw_difference(axes, line, contrast)
         axes.annotate(
             texts[line], (1.03, line), xycoords=("axes fraction", "data"), va="center", color=INK
         )
-    axes.set_yticks(range(len(differences)), list(differences))
-    axes.set_ylim(len(differences) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    reach = _reach(list(differences.values()))
+    reach = _reach(contrasts)
     axes.set_xlim(-reach, reach)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(f"difference in val loss to {baseline} (nats/token), {100 * level:g} % CI")
+    axes.set_xlabel(f"difference in val loss to {baseline} (nats/token), {interval}")
     for position, side, text in ((0.0, "left", "lower is better"), (1.0, "right", "worse")):
         arrow = f"\u2190 {text}" if side == "left" else f"{text} \u2192"
         axes.text(position, 1.03, arrow, transform=axes.transAxes, ha=side, va="bottom", color=INK)
     return figure
 
 
-def _draw_difference(axes: "Axes", line: int, name: str, entry: Mapping[str, Any]) -> None:
-    if not numbers.is_finite(entry["mean"]):
+def _draw_difference(axes: "Axes", line: int, contrast: Mapping[str, Any]) -> None:
+    if not numbers.is_finite(contrast["mean"]):
         return
-    colour = variant_style(name).colour
-    certain = entry["low"] is not None and entry["high"] is not None
+    style = variant_style(contrast["arm"])
+    ends = [contrast["bonferroni_low"], contrast["bonferroni_high"]]
+    certain = None not in ends
     if certain:
-        axes.plot([entry["low"], entry["high"]], [line, line], color=colour, linewidth=2.4)
+        axes.plot(ends, [line, line], color=style.colour, linewidth=2.4)
     axes.plot(
-        [entry["mean"]],
+        [contrast["mean"]],
         [line],
         linestyle="none",
-        marker=variant_style(name).marker,
+        marker=style.marker,
         markersize=7.5,
-        color=colour,
-        markerfacecolor=colour if certain else "none",
+        color=style.colour,
+        markerfacecolor=style.colour if certain else "none",
         zorder=3,
     )
 
 
-def _reach(entries: Sequence[Mapping[str, Any]]) -> float:
+def _reach(contrasts: Sequence[Mapping[str, Any]]) -> float:
     """Half-width of a view symmetric about zero, so that both directions weigh the same."""
-    values = (entry[key] for entry in entries for key in ("mean", "low", "high"))
+    keys = ("mean", "bonferroni_low", "bonferroni_high")
+    values = (contrast[key] for contrast in contrasts for key in keys)
     largest = max((abs(value) for value in values if numbers.is_finite(value)), default=0.0)
     return 1.12 * largest or 0.01

@@ -7,16 +7,18 @@ import math
 import signal
 import statistics
 
+import numpy as np
 import pytest
 from train.micro import losses, micro_recipe, user_error
 
 from deep_delta.compare import compare
 from deep_delta.compare.run import made_with
+from deep_delta.compare.summary import summarise
 from deep_delta.report.provenance import hardware
 from deep_delta.train import Interrupted, Recipe, read_result
 
 VARIANTS, SEEDS = ["additive", "ddl-cc", "ddl-scalar"], [0, 1, 2]
-T_2 = 4.302653  # Student's t for 95 % with two degrees of freedom
+T_4 = 3.495406  # Student's t for 97.5 % with four degrees of freedom
 compare_module = importlib.import_module("deep_delta.compare.run")
 
 
@@ -72,7 +74,7 @@ def test_files(finished, out):
 
 def test_summary_says_how_it_was_run(finished, micro_data):
     recipe = finished["recipe"]
-    assert (finished["schema"], finished["baseline"], finished["level"]) == (1, "additive", 0.95)
+    assert (finished["schema"], finished["baseline"], finished["level"]) == (2, "additive", 0.95)
     assert finished["command"] == "ddl compare --test"
     assert recipe["data"] == str(micro_data)
     assert recipe["model"]["hidden_size"] == 16
@@ -97,6 +99,14 @@ def test_runs_are_said_to_be_of_two_machines(finished, out):
     assert made_with([older]) == {"commit": "unknown", "hardware": "unknown", "versions": {}}
 
 
+def test_a_loss_beyond_all_perplexities_has_none(out, finished):
+    own = read_result(out / "additive" / "seed-0")
+    run = dataclasses.replace(own, val_loss=1000.0)
+    summary = summarise([run], {("additive", 0): out / "additive" / "seed-0"}, out, "additive", {})
+    assert summary["variants"][0]["perplexity"] is None
+    assert summary["variants"][0]["val_loss"]["mean"] == 1000.0
+
+
 def test_runs_are_those_of_their_folders(finished, out):
     pairs = [(run["variant"], run["seed"]) for run in finished["runs"]]
     assert pairs == [(variant, seed) for seed in SEEDS for variant in VARIANTS]
@@ -108,7 +118,7 @@ def test_runs_are_those_of_their_folders(finished, out):
         assert (result["variant"], result["seed"]) == (run["variant"], run["seed"])
 
 
-def test_means_and_paired_differences_by_hand(finished, out):
+def test_means_and_contrasts_by_hand(finished, out):
     by_seed = {
         variant: [read(out / variant / f"seed-{seed}" / "result.json") for seed in SEEDS]
         for variant in VARIANTS
@@ -118,28 +128,32 @@ def test_means_and_paired_differences_by_hand(finished, out):
         results = by_seed[entry["variant"]]
         ends = [result["val_loss"] for result in results]
         assert entry["val_loss"]["n"] == 3
-        for key, values in [("val_loss", ends), ("perplexity", [math.exp(end) for end in ends])]:
-            assert entry[key]["mean"] == pytest.approx(statistics.mean(values))
-            assert entry[key]["spread"] == pytest.approx(statistics.stdev(values))
+        assert entry["val_loss"]["mean"] == pytest.approx(statistics.mean(ends))
+        assert entry["val_loss"]["spread"] == pytest.approx(statistics.stdev(ends))
+        assert entry["perplexity"] == pytest.approx(math.exp(statistics.mean(ends)))
         speeds = [result["tokens_per_s"] for result in results]
         assert entry["tokens_per_s"] == pytest.approx(statistics.mean(speeds))
         peaks = [result["peak_memory_bytes"] for result in results]
         assert entry["peak_memory_bytes"] == statistics.median(peaks)
         assert {entry["parameters"]} == {result["parameters"] for result in results}
         assert {entry["flops_per_token"]} == {result["flops_per_token"] for result in results}
-        if entry["variant"] == "additive":
-            assert entry["difference"] is None
-            continue
-        pairs = [
-            end - base["val_loss"] for end, base in zip(ends, by_seed["additive"], strict=True)
-        ]
-        mean, half = statistics.mean(pairs), T_2 * statistics.stdev(pairs) / math.sqrt(3)
-        difference = entry["difference"]
-        assert difference["n"] == 3
-        actual = [difference[key] for key in ("mean", "low", "high")]
-        assert actual == pytest.approx([mean, mean - half, mean + half], rel=1e-5)
-        expected = "lower" if mean + half < 0 else "higher" if mean - half > 0 else "within noise"
-        assert difference["verdict"] == expected
+    losses = np.array([[result["val_loss"] for result in by_seed[name]] for name in VARIANTS])
+    residuals = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+    pooled, own = (residuals**2).sum() / 4, (residuals**2).sum(1) / (4 / 3)
+    assert finished["residual"]["degrees_of_freedom"] == 4
+    assert finished["residual"]["deviation"] == pytest.approx(math.sqrt(pooled))
+    pairs = [(contrast["arm"], contrast["reference"]) for contrast in finished["contrasts"]]
+    assert pairs == [("ddl-cc", "additive"), ("ddl-scalar", "additive")]
+    for contrast, of, own_one in zip(finished["contrasts"], losses[1:], own[1:], strict=True):
+        mean = (of - losses[0]).mean()
+        error = math.sqrt((max(pooled, own[0]) + max(pooled, own_one)) / 3)
+        assert contrast["n"] == 3
+        keys = ("mean", "standard_error", "bonferroni_low", "bonferroni_high")
+        expected = [mean, error, mean - T_4 * error, mean + T_4 * error]
+        assert [contrast[key] for key in keys] == pytest.approx(expected, rel=1e-5)
+        decided = contrast["holm_p"] <= 0.05
+        side = "lower" if mean < 0 else "higher"
+        assert contrast["verdict"] == (side if decided else "within noise")
 
 
 def test_a_second_call_trains_nothing_and_prints_the_table(finished, micro_data, out, capsys):
@@ -183,24 +197,27 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(
 def test_a_run_that_diverges_does_not_stop_the_others(micro_data, tmp_path, capsys):
     recipe = micro_recipe(micro_data, tmp_path, lr=1e30, clip=1e30, warmup_steps=0)
     for _ in range(2):  # the second time from what is there
-        compare(recipe, VARIANTS[:2], [0], "ddl compare")
+        summary = compare(recipe, VARIANTS[:2], [0], "ddl compare")
         assert "diverged" in capsys.readouterr().out
+        assert summary["variants"][0]["perplexity"] is summary["contrasts"][0]["mean"] is None
+        assert summary["residual"] == {"deviation": None, "degrees_of_freedom": 0}
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
 # The runs of the following tests are there; only their reports are new.
 def test_two_seeds_give_no_interval_and_no_verdict(finished, micro_data, out, capsys):
     summary = compare(micro_recipe(micro_data, out), VARIANTS[:2], [0, 1], "two seeds")
-    difference = summary["variants"][1]["difference"]
-    assert (difference["n"], difference["low"], difference["high"]) == (2, None, None)
-    assert difference["verdict"] not in ("lower", "higher", "within noise")
+    (contrast,) = summary["contrasts"]
+    ends = (contrast["bonferroni_low"], contrast["bonferroni_high"])
+    assert (contrast["n"], *ends) == (2, None, None)
+    assert contrast["verdict"] not in ("lower", "higher", "within noise")
     assert "only two seeds: no interval, no verdict" in capsys.readouterr().out
 
 
 def test_without_the_baseline_there_are_no_differences(finished, micro_data, out, capsys):
     summary = compare(micro_recipe(micro_data, out), ["ddl-scalar", "ddl-cc"], SEEDS, "no baseline")
     assert summary["baseline"] is None
-    assert [entry["difference"] for entry in summary["variants"]] == [None, None]
+    assert summary["contrasts"] == []
     assert "the baseline was not run" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deep_delta.report.statistics import mean_and_spread, paired_difference
+from deep_delta.compare.statistics import judge, mean_and_spread
 
 Losses = dict[str, dict[int, float]]
 
@@ -15,14 +15,11 @@ Losses = dict[str, dict[int, float]]
 def make_summary(losses: Losses, baseline: str | None = "additive") -> dict[str, Any]:
     """The summary that compare would write for these final losses, by variant and seed."""
     variants, runs = [], []
+    others = [name for name in losses if name != baseline]
+    judgement = judge(losses, [(name, baseline) for name in others] if baseline in losses else [])
     for position, (name, by_seed) in enumerate(losses.items()):
         speed = 1000.0 / (1 + position)
         mean, spread = mean_and_spread(list(by_seed.values()))
-        perplexity, perplexity_spread = mean_and_spread([math.exp(v) for v in by_seed.values()])
-        difference = None
-        if baseline in losses and name != baseline:
-            assert baseline is not None
-            difference = dataclasses.asdict(paired_difference(by_seed, losses[baseline]))
         variants.append(
             {
                 "variant": name,
@@ -32,8 +29,7 @@ def make_summary(losses: Losses, baseline: str | None = "additive") -> dict[str,
                 "hardware": ["a CPU"],
                 "peak_memory_bytes": 3 * 2**30,
                 "val_loss": {"mean": mean, "spread": spread, "n": len(by_seed)},
-                "perplexity": {"mean": perplexity, "spread": perplexity_spread},
-                "difference": difference,
+                "perplexity": math.exp(mean),
             }
         )
         runs += [
@@ -50,7 +46,7 @@ def make_summary(losses: Losses, baseline: str | None = "additive") -> dict[str,
             for seed, loss in by_seed.items()
         ]
     return {
-        "schema": 1,
+        "schema": 2,
         "command": "ddl compare small.toml",
         "commit": None,
         "hardware": "a CPU",
@@ -58,6 +54,11 @@ def make_summary(losses: Losses, baseline: str | None = "additive") -> dict[str,
         "recipe": {"width": 64, "betas": [0.9, 0.95], "name": "small"},
         "baseline": baseline,
         "level": 0.95,
+        "residual": {
+            "deviation": judgement.residual_deviation,
+            "degrees_of_freedom": judgement.degrees_of_freedom,
+        },
+        "contrasts": [dataclasses.asdict(contrast) for contrast in judgement.contrasts],
         "variants": variants,
         "runs": runs,
     }

@@ -1,3 +1,4 @@
+import html
 import math
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from deep_delta.errors import UserError
 from deep_delta.report import write_report
+from deep_delta.report.table import judged_by
 
 Make = Callable[..., Any]
 
@@ -86,6 +88,19 @@ def test_page_is_whole_self_contained_and_accessible(
     assert "<b>x" in words
     assert "diverged" in words
     assert "not in a git repository" in words
+
+
+def test_conclusions_are_marked_by_their_verdicts(
+    tmp_path: Path, summary_of: Make, curves_of: Make
+) -> None:
+    far = {seed: loss + 1.0 for seed, loss in LOSSES["additive"].items()}
+    losses = {**LOSSES, "ddl-tc": far, "ddl-ec": LOSSES["additive"]}
+    summary = summary_of(losses)
+    text = write_report(summary, curves_of(losses), tmp_path).read_text(encoding="utf-8")
+    header = text[: text.index("</header>")]
+    marks = re.findall(r"<li(?: class=\"(\w+)\")?>([^:]+): ", header)
+    assert marks == [("lower", "ddl-cc"), ("", "&lt;b&gt;x"), ("higher", "ddl-tc"), ("", "ddl-ec")]
+    assert html.escape(judged_by(summary)) in text
 
 
 @pytest.mark.parametrize("name", ["loss-vs-tokens.png", "loss-vs-time.png", "differences.png"])

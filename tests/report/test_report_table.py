@@ -9,6 +9,7 @@ from deep_delta.report import numbers
 from deep_delta.report.table import (
     column_names,
     conclusions,
+    judged_by,
     markdown_table,
     print_table,
     summary_rows,
@@ -26,12 +27,12 @@ def lower_by(*amounts: float) -> dict[int, float]:
 def test_conclusion_with_an_interval(summary_of: SummaryOf) -> None:
     summary = summary_of({"additive": BASE, "ddl-cc": lower_by(0.020, 0.021, 0.022)})
     assert conclusions(summary) == [
-        "ddl-cc: 0.0210 lower than additive (95 % interval 0.0185 to 0.0235 lower) "
-        "at 0.50\u00d7 its tokens/s."
+        "ddl-cc: 0.0210 lower than additive (95 % Bonferroni CI \u22120.0235 to \u22120.0185, "
+        "p = 0.00076 by Holm) at 0.50\u00d7 its tokens/s."
     ]
     summary = summary_of({"additive": BASE, "ddl-cc": lower_by(-0.020, -0.021, -0.022)})
     assert (
-        "0.0210 higher than additive (95 % interval 0.0185 to 0.0235 higher)"
+        "0.0210 higher than additive (95 % Bonferroni CI +0.0185 to +0.0235, "
         in (conclusions(summary)[0])
     )
 
@@ -39,8 +40,36 @@ def test_conclusion_with_an_interval(summary_of: SummaryOf) -> None:
 def test_conclusion_within_noise(summary_of: SummaryOf) -> None:
     summary = summary_of({"additive": BASE, "ddl-cc": lower_by(0.02, -0.01, 0.01)})
     (sentence,) = conclusions(summary)
-    assert sentence.startswith("ddl-cc: within noise of additive (the 95 % interval \u2212")
-    assert "to +0.0313 contains zero) at 0.50\u00d7 its tokens/s." in sentence
+    assert sentence == (
+        "ddl-cc: within noise of additive (95 % Bonferroni CI \u22120.0446 to +0.0313, p = 0.53 by "
+        "Holm) at 0.50\u00d7 its tokens/s; 23 seeds would decide a difference of 0.0067."
+    )
+    assert summary_rows(summary)[1][5] == "within noise (23 seeds would decide)"
+    same = summary_of({"additive": BASE, "ddl-cc": BASE})
+    assert conclusions(same)[0].endswith("p = 1.00 by Holm) at 0.50\u00d7 its tokens/s.")
+    assert summary_rows(same)[1][5] == "within noise"
+
+
+def test_what_stands_behind_the_verdicts_is_said(summary_of: SummaryOf) -> None:
+    lower = lower_by(0.02, -0.01, 0.01)
+    summary = summary_of({"additive": BASE, "ddl-cc": lower, "ddl-tc": lower, "x": lower})
+    # Differences scatter by 0.0153; one arm of four against three alike: half of it is left.
+    assert judged_by(summary) == (
+        "Intervals are Bonferroni's over 3 contrasts (95 % that all hold), verdicts are Holm's; "
+        "residual deviation 0.0076 nats/token (6 degrees of freedom)."
+    )
+    assert judged_by(summary_of({"additive": BASE, "x": BASE})).startswith(
+        "Intervals are Bonferroni's over one contrast (95 % that all hold), "
+    )
+    one = {1: 3.0}
+    assert judged_by(summary_of({"additive": one, "x": one})).endswith("verdicts are Holm's.")
+    assert judged_by(summary_of({"x": BASE}, baseline=None)) == ""
+
+
+def test_perplexity_is_that_of_the_mean_loss(summary_of: SummaryOf) -> None:
+    summary = summary_of({"additive": {1: 1.0, 2: 3.0, 3: 5.0}})
+    assert column_names(summary)[3] == "perplexity"
+    assert summary_rows(summary)[0][3] == f"{math.exp(3.0):.2f}"
 
 
 @pytest.mark.parametrize(("n", "words"), [(1, "one seed"), (2, "two seeds")])
@@ -109,7 +138,7 @@ def test_every_variant_is_in_every_form(
     # Each cell is whole: nothing was truncated or wrapped for an assumed 80 columns.
     for row in summary_rows(summary):
         assert any(all(cell in line for cell in row) for line in printed.splitlines())
-    for sentence in conclusions(summary):
+    for sentence in (judged_by(summary), *conclusions(summary)):
         assert sentence in printed.splitlines()
 
 
@@ -136,6 +165,13 @@ def test_numbers() -> None:
     assert numbers.signed(-0.021, 4) == "\u22120.0210"
     assert numbers.decimals_for(-0.02, -0.04, -0.00003) == 5
     assert numbers.decimals_for(0.0, None) == 4
+    assert [numbers.p_value(p) for p in (1.0, 0.123, 0.0312, 0.00076, 0.00001)] == [
+        "p = 1.00",
+        "p = 0.12",
+        "p = 0.031",
+        "p = 0.00076",
+        "p < 0.0001",
+    ]
     assert [numbers.with_prefix(v) for v in (12, 1234, 124_439_808, 1.2e9)] == [
         "12",
         "1.23 k",
