@@ -160,6 +160,16 @@ class PackedSequences(Dataset[dict[str, torch.Tensor]]):
         return item
 
 
+def spread(count: int, total: int) -> list[int]:
+    """`count` indices spread evenly over range(total), ascending, each once; all if count >= total.
+
+    Where fewer sequences are read than there are, so that they come from all documents and not from
+    the first ones alone.
+    """
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
 def _positions(input_ids: torch.Tensor, eot_id: int) -> torch.Tensor:
     """Offset of each token from its document's start in the sequence; int64, like `input_ids`."""
     index = torch.arange(len(input_ids))
