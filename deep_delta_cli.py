@@ -74,6 +74,7 @@ def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
         options.out,
         tokenizer=options.tokenizer,
         val_fraction=options.val_fraction,
+        test_fraction=options.test_fraction,
         max_tokens=options.max_tokens,
         processes=options.processes,
     )

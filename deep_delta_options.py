@@ -116,6 +116,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--val-fraction", type=_fraction, default=0.01, help="documents kept for validation (0.01)"
     )
     prepare.add_argument(
+        "--test-fraction",
+        type=_fraction,
+        default=0,
+        help="others kept for a test when all is chosen (0: no such split)",
+    )
+    prepare.add_argument(
         "--max-tokens", type=_count, metavar="N", help="stop at N tokens for training; default: all"
     )
     prepare.add_argument(
@@ -125,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that tokenize, one thread each (1: this one, with threads)",
     )
-    known = ("out", "tokenizer", "val-fraction", "max-tokens", "processes")
+    known = ("out", "tokenizer", "val-fraction", "test-fraction", "max-tokens", "processes")
     prepare.set_defaults(run="prepare", known=known)
 
     train = jobs.add_parser(
@@ -171,8 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--batch-size", type=_count, default=4, metavar="B", help="sequences of a pass (4)"
     )
-    known = ("data", "out", "sequences", "seq-len", "batch-size")
-    audit.set_defaults(run="audit", known=known)
+    audit.set_defaults(run="audit", known=("data", "out", "sequences", "seq-len", "batch-size"))
 
     _add_eval(jobs)
 
