@@ -198,6 +198,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     folder = options.checkpoint
     settings = Settings(
         data=options.data,
+        split=options.split,
         tasks=tuple(TASKS if names == ["all"] else names),
         shots=tuple(options.shots),
         task_data=options.task_data,

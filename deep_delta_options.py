@@ -199,7 +199,7 @@ def _add_eval(jobs) -> None:
         "eval",
         help="loss on prepared text and scores on tasks, for one checkpoint",
         description="Evaluate one checkpoint (a folder that save_pretrained or ddl train wrote): "
-        "the loss on the validation split of --data, and the paper's eight multiple-choice tasks "
+        "the loss on a split of --data, and the paper's eight multiple-choice tasks "
         "through lm-evaluation-harness. Without --data the tasks alone, with it they need --tasks "
         "or --task-data. An interrupted run goes on with the parts that are missing.",
         allow_abbrev=False,
@@ -207,6 +207,7 @@ def _add_eval(jobs) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT")
     add("--data", type=Path, metavar="DIR", help="a folder made by ddl prepare")
+    add("--split", choices=("val", "test"), default="val", help="of --data (val)")
     add("--tasks", type=_names, help="comma-separated, or all")
     add("--shots", type=_shots, default="0,1", help="examples before a question (0,1)")
     add("--task-data", type=Path, metavar="DIR", help="TASK/SPLIT.jsonl files; default: the hub")
@@ -214,7 +215,17 @@ def _add_eval(jobs) -> None:
     add("--context", type=_count, metavar="N", help="tokens of a window; default: the model's")
     add("--limit", type=_count, metavar="N", help="the first N documents and questions: a trial")
     add("--out", type=Path, metavar="DIR", help="default: CHECKPOINT-eval")
-    known = ("data", "tasks", "shots", "task-data", "batch-size", "context", "limit", "out")
+    known = (
+        "data",
+        "split",
+        "tasks",
+        "shots",
+        "task-data",
+        "batch-size",
+        "context",
+        "limit",
+        "out",
+    )
     parser.set_defaults(run="eval", known=known)
 
 
