@@ -74,6 +74,7 @@ def _prepare(options: argparse.Namespace, rest: list[str]) -> int:
         options.out,
         tokenizer=options.tokenizer,
         val_fraction=options.val_fraction,
+        test_fraction=options.test_fraction,
         max_tokens=options.max_tokens,
         processes=options.processes,
     )
@@ -199,6 +200,7 @@ def _eval(options: argparse.Namespace, rest: list[str]) -> int:
     folder = options.checkpoint
     settings = Settings(
         data=options.data,
+        split=options.split,
         tasks=tuple(TASKS if names == ["all"] else names),
         shots=tuple(options.shots),
         task_data=options.task_data,

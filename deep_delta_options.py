@@ -116,6 +116,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--val-fraction", type=_fraction, default=0.01, help="documents kept for validation (0.01)"
     )
     prepare.add_argument(
+        "--test-fraction",
+        type=_fraction,
+        default=0,
+        help="others kept for a test when all is chosen (0: no such split)",
+    )
+    prepare.add_argument(
         "--max-tokens", type=_count, metavar="N", help="stop at N tokens for training; default: all"
     )
     prepare.add_argument(
@@ -125,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that tokenize, one thread each (1: this one, with threads)",
     )
-    known = ("out", "tokenizer", "val-fraction", "max-tokens", "processes")
+    known = ("out", "tokenizer", "val-fraction", "test-fraction", "max-tokens", "processes")
     prepare.set_defaults(run="prepare", known=known)
 
     train = jobs.add_parser(
@@ -171,8 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--batch-size", type=_count, default=4, metavar="B", help="sequences of a pass (4)"
     )
-    known = ("data", "out", "sequences", "seq-len", "batch-size")
-    audit.set_defaults(run="audit", known=known)
+    audit.set_defaults(run="audit", known=("data", "out", "sequences", "seq-len", "batch-size"))
 
     _add_eval(jobs)
 
@@ -194,7 +199,7 @@ def _add_eval(jobs) -> None:
         "eval",
         help="loss on prepared text and scores on tasks, for one checkpoint",
         description="Evaluate one checkpoint (a folder that save_pretrained or ddl train wrote): "
-        "the loss on the validation split of --data, and the paper's eight multiple-choice tasks "
+        "the loss on a split of --data, and the paper's eight multiple-choice tasks "
         "through lm-evaluation-harness. Without --data the tasks alone, with it they need --tasks "
         "or --task-data. An interrupted run goes on with the parts that are missing.",
         allow_abbrev=False,
@@ -202,6 +207,7 @@ def _add_eval(jobs) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT")
     add("--data", type=Path, metavar="DIR", help="a folder made by ddl prepare")
+    add("--split", choices=("val", "test"), default="val", help="of --data (val)")
     add("--tasks", type=_names, help="comma-separated, or all")
     add("--shots", type=_shots, default="0,1", help="examples before a question (0,1)")
     add("--task-data", type=Path, metavar="DIR", help="TASK/SPLIT.jsonl files; default: the hub")
@@ -209,7 +215,17 @@ def _add_eval(jobs) -> None:
     add("--context", type=_count, metavar="N", help="tokens of a window; default: the model's")
     add("--limit", type=_count, metavar="N", help="the first N documents and questions: a trial")
     add("--out", type=Path, metavar="DIR", help="default: CHECKPOINT-eval")
-    known = ("data", "tasks", "shots", "task-data", "batch-size", "context", "limit", "out")
+    known = (
+        "data",
+        "split",
+        "tasks",
+        "shots",
+        "task-data",
+        "batch-size",
+        "context",
+        "limit",
+        "out",
+    )
     parser.set_defaults(run="eval", known=known)
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where nothi
 
 import numpy as np
 
-from deep_delta.data.manifest import SPLITS, Manifest
+from deep_delta.data.manifest import Manifest
 from deep_delta.data.tokenizer import TextTokenizer, load_tokenizer
 from deep_delta.data.writer import ShardWriter, WriterState
 from deep_delta.errors import UserError
@@ -82,7 +82,7 @@ def main() -> None:
     try:
         if options.out.exists():
             raise UserError(f"{options.out} exists already: name another folder")
-        files = dict(zip(SPLITS, (options.train, options.val), strict=True))
+        files = {"train": options.train, "val": options.val}
         made = import_tokens(files, options.out, load_tokenizer(options.tokenizer))
     except UserError as error:
         sys.exit(f"error: {error}")

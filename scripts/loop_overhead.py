@@ -35,7 +35,7 @@ from transformers import set_seed
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.bench.model import STATE_DTYPES
 from deep_delta.bench.record import environment, table
-from deep_delta.data.manifest import SPLITS, Manifest
+from deep_delta.data.manifest import Manifest
 from deep_delta.data.tokenizer import load_tokenizer
 from deep_delta.data.writer import ShardWriter, WriterState
 from deep_delta.errors import UserError
@@ -63,7 +63,7 @@ def random_tokens(folder: Path, vocab_size: int, train: int, val: int) -> None:
     folder.mkdir()
     tokenizer, generator = load_tokenizer(None), np.random.default_rng(0)
     splits = {}
-    for split, count in zip(SPLITS, (train, val), strict=True):
+    for split, count in {"train": train, "val": val}.items():
         writer = ShardWriter(folder, split, np.dtype("<u2"), count, WriterState())
         writer.add((vocab_size ** generator.random(count)).astype("<u2"), 1, count)
         splits[split] = writer.finish()

@@ -140,6 +140,8 @@ def test_prepare_then_compare(ddl, here):
         ("prepare empty --out d", "empty"),
         ("prepare empty --out d --tokeniser x", "'--tokenizer'"),
         ("prepare empty --out d --val-fraction 2", "between 0 and 1"),
+        ("prepare empty --out d --test-fraction 2", "between 0 and 1"),
+        ("prepare empty --out d --val-fraction .5 --test-fraction .5", "leave nothing to train on"),
         ("prepare empty --out d --processes 0", "whole number from 1"),
         ("prepare empty --out d --max-tokens 5e9", "whole number from 1"),
         ("train", "needs a recipe"),

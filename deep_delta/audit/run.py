@@ -17,6 +17,7 @@ from deep_delta.audit.sublayer import BORDERS, GATE_BINS, GATE_TOP, REGIMES
 from deep_delta.checkpoint import check_fits, quiet_transformers
 from deep_delta.data import PackedSequences
 from deep_delta.data.files import write_json_atomically
+from deep_delta.data.shards import spread
 from deep_delta.errors import UserError
 from deep_delta.model.presets import variant_of
 from deep_delta.report.audit import write_audit
@@ -66,8 +67,8 @@ def audit(
     for path, model in zip(checkpoints, models, strict=True):
         check_fits(path, model, shards)
     packed = PackedSequences(shards, seq_len, mask_documents=masked)
-    count = min(sequences, len(packed))
-    chosen = [index * len(packed) // count for index in range(count)]
+    chosen = spread(sequences, len(packed))
+    count = len(chosen)
     position_labels, positions = inputs.position_bins(seq_len)
     vocabulary = max(model.config.vocab_size for model in models)
     frequency_labels, frequencies = inputs.frequency_bins(shards, vocabulary)

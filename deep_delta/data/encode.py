@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deep_delta.data.inputs import Source
+from deep_delta.data.manifest import SPLITS
 from deep_delta.data.parquet import RowGroup
 from deep_delta.data.texts import Document
 from deep_delta.data.tokenizer import TextTokenizer
@@ -30,20 +31,39 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Fractions:
+    """Shares of the documents that go to "val" and to "test", with a sum below 1.
+
+    A hash of its text gives a document a number in [0, 1). "val" takes the lowest and "test" the
+    highest, so that neither gets or loses documents when the other's share changes.
+    """
+
+    val: float
+    test: float
+
+    def split_of(self, data: bytes) -> str:
+        """The split of a document, from its UTF-8 text."""
+        number = _hash_fraction(data)
+        if number < self.val:
+            return "val"
+        return "test" if number >= 1 - self.test else "train"
+
+
+@dataclass(frozen=True)
 class Encoded:
     """The tokens of n consecutive documents.
 
     ids: of all of them, 1-d, each document followed by the end-of-text id.
     lengths: tokens of each, the end-of-text id included; int64, (n,); 0 for white space only.
     text_bytes: of each as UTF-8; int64, (n,).
-    val: which of them belong to the validation split; bool, (n,).
+    split: the one that each belongs to, by its number in SPLITS; int8, (n,).
     sources: the name of the source that each is part of; n of them, None where it has none.
     """
 
     ids: npt.NDArray[np.unsignedinteger]
     lengths: npt.NDArray[np.int64]
     text_bytes: npt.NDArray[np.int64]
-    val: npt.NDArray[np.bool_]
+    split: npt.NDArray[np.int8]
     sources: list[str | None]
 
     def first(self, documents: int) -> "Encoded":
@@ -54,7 +74,7 @@ class Encoded:
             ids,
             lengths,
             self.text_bytes[:documents],
-            self.val[:documents],
+            self.split[:documents],
             self.sources[:documents],
         )
 
@@ -87,17 +107,14 @@ def chunks(sources: Sequence[Source], source: int, document: int) -> Iterator[Ch
         yield Chunk(documents, len(sources) - 1, number)
 
 
-def encode(chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float) -> Encoded:
-    """Read the chunk if need be, and tokenize it. Errors: UserError from reading.
-
-    val_fraction: share of the documents for "val", by a hash of the text.
-    """
+def encode(chunk: Chunk, tokenizer: TextTokenizer, fractions: Fractions) -> Encoded:
+    """Read the chunk if need be, and tokenize it. Errors: UserError from reading."""
     content = chunk.content
     remaining = content.documents() if isinstance(content, RowGroup) else iter(content)
     ids: list[npt.NDArray[np.unsignedinteger]] = [np.empty(0, dtype=tokenizer.dtype)]
     lengths: list[int] = []
     text_bytes: list[int] = []
-    val: list[bool] = []
+    split: list[int] = []
     sources: list[str | None] = []
     # The tokenizer needs a hundred times the memory of the ids: no more texts at once than here.
     while documents := list(islice(remaining, CHUNK_DOCUMENTS)):
@@ -108,13 +125,13 @@ def encode(chunk: Chunk, tokenizer: TextTokenizer, val_fraction: float) -> Encod
             ids.append(tokens)
             lengths.append(len(tokens))
             text_bytes.append(len(data))
-            val.append(_hash_fraction(data) < val_fraction)
+            split.append(SPLITS.index(fractions.split_of(data)))
             sources.append(source)
     return Encoded(
         np.concatenate(ids),
         np.array(lengths, dtype=np.int64),
         np.array(text_bytes),
-        np.array(val),
+        np.array(split, dtype=np.int8),
         sources,
     )
 

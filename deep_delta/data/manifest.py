@@ -10,7 +10,9 @@ from deep_delta.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-SPLITS = ("train", "val")
+# To train on, to choose models and settings by, and to look at when everything is chosen. "test" is
+# only there where it was asked for.
+SPLITS = ("train", "val", "test")
 # May lie beside a split's shards: for each document, in order, a line with the source it is of.
 # Not in the manifest: people may take it away, or put their own there.
 SOURCES_NAME = "{split}.sources.txt"
@@ -45,7 +47,7 @@ class Manifest:
     tokenizer_sha256: of the tokenizer.json in the same folder.
     settings: what `prepare` was asked for; a second run must ask for the same.
     empty_documents: how many documents were skipped because they hold only white space.
-    splits: by name, "train" and "val".
+    splits: by name, "train", "val" and, where it was asked for, "test".
     """
 
     dtype: str
@@ -61,6 +63,20 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write manifest.json into `folder`, atomically."""
         write_json_atomically(folder / MANIFEST_NAME, asdict(self))
+
+    def split(self, name: str, folder: Path) -> SplitInfo:
+        """A split with tokens, by name. folder: the manifest's, for the error.
+
+        Errors: UserError, naming the splits there are, when this one is missing or empty.
+        """
+        found = self.splits.get(name)
+        if found is None or not found.tokens:
+            others = [f'"{other}"' for other, info in self.splits.items() if info.tokens]
+            raise UserError(
+                f'{folder} has no tokens in the split "{name}", only in {" and ".join(others)}: '
+                "--val-fraction and --test-fraction of ddl prepare say which it makes"
+            )
+        return found
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deep_delta.data.encode import Encoded, chunks
+from deep_delta.data.encode import Encoded, Fractions, chunks
 from deep_delta.data.files import fsync_folder, write_json_atomically
 from deep_delta.data.inputs import Source, find_sources
 from deep_delta.data.manifest import MANIFEST_NAME, SOURCES_NAME, SPLITS, Manifest, SplitInfo
@@ -24,6 +24,8 @@ from deep_delta.errors import UserError
 
 PROGRESS_NAME = "progress.json"
 CHECKPOINT_CHUNKS = 64
+LEAST_TEST_DOCUMENTS = 5  # with fewer, `ddl eval` gives a loss without an interval
+LEAST_TEST_TOKENS = 1024  # a sequence of the recipes
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Progress:
         """Read progress.json. Errors: UserError when it is damaged."""
         try:
             record = json.loads((out / PROGRESS_NAME).read_bytes())
-            states = {name: WriterState.from_json(record["splits"][name]) for name in SPLITS}
+            names = _splits_of(record["settings"])
+            states = {name: WriterState.from_json(record["splits"][name]) for name in names}
             return cls(**{**record, "splits": states})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
@@ -65,6 +68,7 @@ def prepare(
     *,
     tokenizer: str | None = None,
     val_fraction: float = 0.01,
+    test_fraction: float = 0,
     shard_tokens: int = 100_000_000,
     max_tokens: int | None = None,
     processes: int = 1,
@@ -79,6 +83,8 @@ def prepare(
     tokenizer: None for the bundled one, a folder, a tokenizer.json, or a hub name.
     val_fraction: share of the documents for "val", in [0, 1); chosen by a hash of the text, so a
         document's split depends on nothing else.
+    test_fraction: likewise for "test", other documents than those of "val", whatever the shares;
+        0 for no such split. The documents of "val" are the same with it and without.
     shard_tokens: tokens in every shard but the last of each split.
     max_tokens: stop with the document that brings the training split to this many; None: read all.
     processes: how many tokenize, each with one thread; 1 uses this process and threads of the
@@ -87,17 +93,30 @@ def prepare(
 
     Every document is followed by one end-of-text token; documents of white space are skipped.
     Where records have a string "source_file" beside the text, val.sources.txt has a line with it
-    for each validation document; one without is a source of its own.
+    for each validation document, and test.sources.txt for each test document; one without is a
+    source of its own.
     Errors: UserError for input that is missing, unreadable or empty, a tokenizer that can't be
-    used, a split without documents, a folder begun with other settings, a process that was ended,
-    or a full disk.
+    used, a split without documents, a test split too small to say much, a folder begun with other
+    settings, a process that was ended, or a full disk.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}")
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"--test-fraction must be at least 0 and below 1, not {test_fraction}")
+    if val_fraction + test_fraction >= 1:
+        raise UserError("--val-fraction and --test-fraction leave nothing to train on: lower one")
     if shard_tokens < 1:
         raise UserError(f"--shard-tokens must be at least 1, not {shard_tokens}")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"--max-tokens must be at least 1, not {max_tokens}")
+    if max_tokens is not None and test_fraction > 0:
+        expected = max_tokens * test_fraction / (1 - val_fraction - test_fraction)
+        if expected < LEAST_TEST_TOKENS:
+            raise UserError(
+                f"--max-tokens {max_tokens} and --test-fraction {test_fraction} give a test split "
+                f"of about {expected:,.0f} tokens, which is less than {LEAST_TEST_TOKENS:,}: raise "
+                "one of them"
+            )
     if processes < 1:
         raise UserError(f"--processes must be at least 1, not {processes}")
     sources = find_sources(inputs)
@@ -109,6 +128,8 @@ def prepare(
         "shard_tokens": shard_tokens,
         "max_tokens": max_tokens,
     }
+    if test_fraction > 0:  # else not there, as in folders made before there was such a split
+        settings["test_fraction"] = test_fraction
     try:
         return _prepare(sources, out, loaded, settings, processes)
     except OSError as error:  # sources turn their own into UserError, so this one is about `out`
@@ -148,7 +169,10 @@ def _prepare(
     if (
         progress is None or not progress.begun
     ):  # what wrote nothing, a typing slip say, binds nobody
-        states = {"train": WriterState(), "val": WriterState(source_bytes=0)}
+        states = {
+            name: WriterState(source_bytes=None if name == "train" else 0)
+            for name in _splits_of(settings)
+        }
         progress = Progress(settings, 0, 0, 0, states)
         progress.save(out)
     tokenizer.save(out)
@@ -164,7 +188,7 @@ def _prepare(
         empty_documents=progress.empty_documents,
         splits=splits,
     )
-    problem = _empty_split(manifest)
+    problem = _useless_split(manifest)
     if problem:
         _discard(out, manifest)
         raise UserError(problem)
@@ -177,8 +201,14 @@ def _prepare(
     return manifest
 
 
+def _splits_of(settings: dict[str, Any]) -> list[str]:
+    """The splits that these settings make."""
+    return [name for name in SPLITS if name != "test" or "test_fraction" in settings]
+
+
 def _check_settings(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
-    changed = [name for name in asked if recorded.get(name) != asked[name]]
+    names = {**asked, **recorded}
+    changed = [name for name in names if recorded.get(name) != asked.get(name)]
     if changed:
         raise UserError(
             f"{out} was made with different settings ({', '.join(changed)}): "
@@ -194,17 +224,18 @@ def _write_shards(
     processes: int,
 ) -> dict[str, SplitInfo]:
     """Write what `progress` says is still missing, recording progress in it and on disk."""
-    val_fraction = progress.settings["val_fraction"]
-    max_tokens = progress.settings["max_tokens"]
+    settings = progress.settings
+    fractions = Fractions(settings["val_fraction"], settings.get("test_fraction", 0))
+    max_tokens = settings["max_tokens"]
     train = progress.splits["train"]
     pending = chunks(sources, progress.source, progress.document)
     writers: dict[str, ShardWriter] = {}
     try:
         for name, state in progress.splits.items():
-            shard_tokens = progress.settings["shard_tokens"]
+            shard_tokens = settings["shard_tokens"]
             writers[name] = ShardWriter(out, name, tokenizer.dtype, shard_tokens, state)
         with (
-            closing(encode_all(pending, tokenizer, val_fraction, processes)) as results,
+            closing(encode_all(pending, tokenizer, fractions, processes)) as results,
             ProgressLine(len(sources)) as line,
         ):
             for number, (chunk, encoded) in enumerate(results, start=1):
@@ -232,29 +263,39 @@ def _write_shards(
 
 def _up_to(encoded: Encoded, train_tokens: int) -> Encoded:
     """The documents up to the one with which those for training have `train_tokens` tokens."""
-    totals = np.cumsum(np.where(encoded.val, 0, encoded.lengths))
+    in_train = encoded.split == SPLITS.index("train")
+    totals = np.cumsum(np.where(in_train, encoded.lengths, 0))
     return encoded.first(int(np.searchsorted(totals, train_tokens)) + 1)
 
 
 def _add(encoded: Encoded, writers: dict[str, ShardWriter]) -> None:
     for name, writer in writers.items():
-        chosen = (encoded.val == (name == "val")) & (encoded.lengths > 0)
+        chosen = (encoded.split == SPLITS.index(name)) & (encoded.lengths > 0)
         ids = encoded.ids[np.repeat(chosen, encoded.lengths)]
         named = list(compress(encoded.sources, chosen))
         writer.add(ids, int(chosen.sum()), int(encoded.text_bytes[chosen].sum()), named)
 
 
-def _empty_split(manifest: Manifest) -> str | None:
-    """Why the result can't be used, when a split that was asked for got no document."""
-    train, val = (manifest.splits[name].documents for name in SPLITS)
-    if train + val == 0:
+def _useless_split(manifest: Manifest) -> str | None:
+    """Why the result can't be used, when a split that was asked for got no or few documents."""
+    documents = {name: split.documents for name, split in manifest.splits.items()}
+    whole = sum(documents.values())
+    whole_documents = "whole documents as they are (a .txt file is one)"
+    if whole == 0:
         return "the input has no text"
-    if train == 0:
-        return "no document fell into the training split: lower --val-fraction or add documents"
-    if val == 0 and manifest.settings["val_fraction"] > 0:
+    if documents["train"] == 0:
+        lower = " or ".join(f"--{name}-fraction" for name in documents if name != "train")
+        return f"no document fell into the training split: lower {lower} or add documents"
+    if documents["val"] == 0 and manifest.settings["val_fraction"] > 0:
         return (
-            f"none of the {train:,} documents fell into the validation split, whole documents as "
-            "they are (a .txt file is one): raise --val-fraction or add documents"
+            f"none of the {whole:,} documents fell into the validation split, {whole_documents}: "
+            "raise --val-fraction or add documents"
+        )
+    if documents.get("test", LEAST_TEST_DOCUMENTS) < LEAST_TEST_DOCUMENTS:
+        return (
+            f"{documents['test']} of the {whole:,} documents fell into the test split, "
+            f"{whole_documents}; it needs {LEAST_TEST_DOCUMENTS}: raise --test-fraction or add "
+            "documents"
         )
     return None
 
@@ -262,10 +303,10 @@ def _empty_split(manifest: Manifest) -> str | None:
 def _discard(out: Path, manifest: Manifest) -> None:
     """Remove what was written, so that a run with other settings can use the folder."""
     (out / PROGRESS_NAME).unlink()
-    for split in manifest.splits.values():
+    for name, split in manifest.splits.items():
         for shard in split.shards:
             (out / shard.name).unlink()
-    (out / SOURCES_NAME.format(split="val")).unlink(missing_ok=True)
+        (out / SOURCES_NAME.format(split=name)).unlink(missing_ok=True)
 
 
 def _print_summary(out: Path, manifest: Manifest, seconds: float) -> None:

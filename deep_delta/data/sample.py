@@ -3,7 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
-# Gives 125,092 validation tokens of the 1.48 million in the sample.
+# Gives 125,092 validation tokens of the 1.48 million in the sample. There is no test split:
+# its documents would be missing in training, and every loss on the sample would change.
 SAMPLE_VAL_FRACTION = 0.06
 
 

@@ -44,7 +44,7 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder: Path, split: str, *, verify: bool = True) -> Self:
-        """Open the split "train" or "val" of a prepared folder.
+        """Open the split "train", "val" or "test" of a prepared folder.
 
         verify: as the method of this name, too; existence, size and the tokenizer copy are
             checked in any case.
@@ -53,9 +53,7 @@ class TokenShards:
         """
         manifest = Manifest.load(folder)
         check_same_tokenizer(manifest, folder)
-        info = manifest.splits.get(split)
-        if info is None or info.tokens == 0:
-            raise UserError(f'{folder} has no tokens in the split "{split}"')
+        info = manifest.split(split, folder)
         opened = cls(folder, manifest, info.shards)
         for path, shard in zip(opened._paths, info.shards, strict=True):
             _check_size(path, shard, np.dtype(manifest.dtype).itemsize)
@@ -158,6 +156,16 @@ class PackedSequences(Dataset[dict[str, torch.Tensor]]):
             item["position_ids"] = positions
             item["labels"][positions == 0] = IGNORED_LABEL
         return item
+
+
+def spread(count: int, total: int) -> list[int]:
+    """`count` indices spread evenly over range(total), ascending, each once; all if count >= total.
+
+    Where fewer sequences are read than there are, so that they come from all documents and not from
+    the first ones alone.
+    """
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
 
 
 def _positions(input_ids: torch.Tensor, eot_id: int) -> torch.Tensor:

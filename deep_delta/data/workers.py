@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
-from deep_delta.data.encode import Chunk, Encoded, encode
+from deep_delta.data.encode import Chunk, Encoded, Fractions, encode
 from deep_delta.data.tokenizer import TextTokenizer
 from deep_delta.errors import UserError
 
@@ -20,7 +20,7 @@ AHEAD = 4
 
 
 def encode_all(
-    chunks: Iterator[Chunk], tokenizer: TextTokenizer, val_fraction: float, processes: int
+    chunks: Iterator[Chunk], tokenizer: TextTokenizer, fractions: Fractions, processes: int
 ) -> Generator[tuple[Chunk, Encoded], None, None]:
     """Every chunk with its tokens, in order. Close it to end the processes.
 
@@ -28,14 +28,14 @@ def encode_all(
     Errors: UserError from reading, or when a process ended.
     """
     if processes == 1:
-        return ((chunk, encode(chunk, tokenizer, val_fraction)) for chunk in chunks)
-    return _encode_in_processes(chunks, tokenizer, val_fraction, processes)
+        return ((chunk, encode(chunk, tokenizer, fractions)) for chunk in chunks)
+    return _encode_in_processes(chunks, tokenizer, fractions, processes)
 
 
 def _encode_in_processes(
-    chunks: Iterator[Chunk], tokenizer: TextTokenizer, val_fraction: float, processes: int
+    chunks: Iterator[Chunk], tokenizer: TextTokenizer, fractions: Fractions, processes: int
 ) -> Generator[tuple[Chunk, Encoded], None, None]:
-    with _started(tokenizer, val_fraction, processes) as workers:
+    with _started(tokenizer, fractions, processes) as workers:
         idle = list(workers)
         busy: dict[Connection, int] = {}
         sent: dict[int, Chunk] = {}  # by number, until their turn comes
@@ -69,7 +69,7 @@ def _encode_in_processes(
 
 @contextmanager
 def _started(
-    tokenizer: TextTokenizer, val_fraction: float, processes: int
+    tokenizer: TextTokenizer, fractions: Fractions, processes: int
 ) -> Iterator[dict[Connection, BaseProcess]]:
     """Processes by the connections to them; ended when the context is left."""
     workers: dict[Connection, BaseProcess] = {}
@@ -80,7 +80,7 @@ def _started(
                 for _ in range(processes):
                     here, there = context.Pipe()
                     with there:  # when only the process holds its end, its end is noticed here
-                        arguments = (there, tokenizer, val_fraction)
+                        arguments = (there, tokenizer, fractions)
                         process = context.Process(target=_work, args=arguments, daemon=True)
                         process.start()
                     workers[here] = process
@@ -134,7 +134,7 @@ def _alive(process: BaseProcess) -> Iterator[None]:
         ) from error
 
 
-def _work(connection: Connection, tokenizer: TextTokenizer, val_fraction: float) -> None:
+def _work(connection: Connection, tokenizer: TextTokenizer, fractions: Fractions) -> None:
     """What a process does: encode the chunks it is sent until the sender is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has the shards
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads, once for every process
@@ -145,7 +145,7 @@ def _work(connection: Connection, tokenizer: TextTokenizer, val_fraction: float)
             return
         result: Encoded | UserError
         try:
-            result = encode(chunk, tokenizer, val_fraction)
+            result = encode(chunk, tokenizer, fractions)
         except UserError as error:
             result = error
         try:

@@ -26,7 +26,7 @@ MOST_SHOTS = 64
 class Settings:
     """What to evaluate, and how.
 
-    data: a folder that `ddl prepare` made, whose validation split is read; None for no loss.
+    data: a folder that `ddl prepare` made; None for no loss. split: of it, "val" or "test".
     tasks: names of TASKS; shots: numbers of examples before a question, each with every task.
     task_data: a folder of local task files; None for the hub's data sets.
     batch_size: sequences of a forward pass.
@@ -35,6 +35,7 @@ class Settings:
     """
 
     data: Path | None = None
+    split: str = "val"
     tasks: tuple[str, ...] = tuple(TASKS)
     shots: tuple[int, ...] = (0, 1)
     task_data: Path | None = None
@@ -75,12 +76,14 @@ def evaluate(folder: Path, out: Path, settings: Settings, command: str) -> dict[
     }
     loss = None
     if settings.data is not None:
-        data = settings.data
+        data, split = settings.data, settings.split
         loss = _part(
             out,
-            "loss",
-            {**common, "data": data_identity(data)},
-            lambda: text_loss(checkpoint, data, context, settings.batch_size, settings.limit),
+            "loss" if split == "val" else f"loss-{split}",
+            {**common, "data": data_identity(data, split)},
+            lambda: text_loss(
+                checkpoint, data, split, context, settings.batch_size, settings.limit
+            ),
         )
     summary = summarise(
         checkpoint,
@@ -93,6 +96,7 @@ def evaluate(folder: Path, out: Path, settings: Settings, command: str) -> dict[
             "versions": versions(*PACKAGES),
             "settings": {
                 "data": settings.data and str(settings.data),
+                "split": settings.split,
                 "task_data": settings.task_data and str(settings.task_data),
                 "batch_size": settings.batch_size,
                 "context": context,
@@ -163,7 +167,9 @@ def _files(name: str, shots: int, task_data: Path | None) -> dict[str, str] | No
 def _check_settings(settings: Settings) -> None:
     check_names(list(settings.tasks))
     if settings.data is not None:
-        data_identity(settings.data)
+        data_identity(settings.data, settings.split)
+    elif settings.split != "val":
+        raise UserError(f"--split {settings.split} needs --data, the folder that it is a part of")
     if len(set(settings.shots)) != len(settings.shots):
         raise UserError(f"shots has repeats: {', '.join(map(str, settings.shots))}")
     if any(not 0 <= shots <= MOST_SHOTS for shots in settings.shots):

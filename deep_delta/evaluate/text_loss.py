@@ -1,4 +1,4 @@
-"""Validation loss, perplexity and bits per byte on a folder that `ddl prepare` made.
+"""Loss, perplexity and bits per byte on a folder that `ddl prepare` made.
 
 What is counted: every token of every document, once, in nats. End-of-text tokens are never
 predicted; one stands before each document as its only context. Loss is the mean over these tokens,
@@ -29,21 +29,19 @@ from deep_delta.evaluate.bootstrap import ratio_intervals
 from deep_delta.evaluate.checkpoint import Checkpoint
 from deep_delta.evaluate.windows import Window, windows
 
-SPLIT = "val"
 LEVEL = 0.95
 READ_TOKENS = 4_000_000  # tokens of whole documents that are in memory at once
 DECODED_DOCUMENTS = 256
 
 
-def data_identity(folder: Path) -> dict[str, Any]:
-    """What the result on a data folder depends on: hashes of the split's shards and sources.
+def data_identity(folder: Path, split: str) -> dict[str, Any]:
+    """What the result on a split depends on: hashes of its shards, its sources and the tokenizer.
 
-    Errors: UserError for a folder that is not prepared.
+    Errors: UserError for a folder that is not prepared, or has no such split.
     """
     manifest = Manifest.load(folder)
-    split = manifest.splits.get(SPLIT)
-    names = [[shard.name, shard.sha256] for shard in split.shards] if split else []
-    sources = folder / SOURCES_NAME.format(split=SPLIT)
+    names = [[shard.name, shard.sha256] for shard in manifest.split(split, folder).shards]
+    sources = folder / SOURCES_NAME.format(split=split)
     return {
         "shards_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
         "tokenizer_sha256": manifest.tokenizer_sha256,
@@ -52,9 +50,14 @@ def data_identity(folder: Path) -> dict[str, Any]:
 
 
 def text_loss(
-    checkpoint: Checkpoint, folder: Path, context: int, batch_size: int, limit: int | None
+    checkpoint: Checkpoint,
+    folder: Path,
+    split: str,
+    context: int,
+    batch_size: int,
+    limit: int | None,
 ) -> dict[str, Any]:
-    """Loss on the validation split of a prepared folder, with intervals over what is independent.
+    """Loss on a split of a prepared folder, with intervals over what is independent.
 
     context: tokens of a window; see `windows`. limit: the first documents only; None for all.
 
@@ -64,16 +67,16 @@ def text_loss(
 
     Errors: UserError for data that can't be read or was made with another tokenizer.
     """
-    shards = TokenShards.open(folder, SPLIT)
+    shards = TokenShards.open(folder, split)
     tokenizer = check_fits(checkpoint.folder, checkpoint.model, shards)
     borders = _borders(shards)[: None if limit is None else limit + 1]
     documents = len(borders) - 1
     tokens = np.diff(borders) - 1.0
     if not tokens.sum():
-        raise UserError(f"{folder} has no whole document in the split {SPLIT!r}")
-    sources = _sources(folder, shards.manifest.splits[SPLIT].documents)
+        raise UserError(f"{folder} has no whole document in the split {split!r}")
+    sources = _sources(folder, split, shards.manifest.splits[split].documents)
     nats, text_bytes = np.zeros(documents), np.zeros(documents)
-    with tqdm(total=int(tokens.sum()), desc="validation loss", unit=" tokens") as bar:
+    with tqdm(total=int(tokens.sum()), desc=f"{split} loss", unit=" tokens") as bar:
         for first, last in _blocks(borders):
             block = [
                 shards.tokens(int(borders[i]), int(borders[i + 1]) - 1) for i in range(first, last)
@@ -189,9 +192,9 @@ def _text_bytes(block: list[np.ndarray], tokenizer: Tokenizer) -> list[int]:
     return counts
 
 
-def _sources(folder: Path, documents: int) -> list[str] | None:
+def _sources(folder: Path, split: str, documents: int) -> list[str] | None:
     """The source of each document, where the folder names them; None where it does not."""
-    path = folder / SOURCES_NAME.format(split=SPLIT)
+    path = folder / SOURCES_NAME.format(split=split)
     if not path.is_file():
         return None
     names = path.read_text(encoding="utf-8").splitlines()

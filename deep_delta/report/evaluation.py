@@ -26,7 +26,7 @@ def write_evaluation(summary: Evaluation, out_dir: Path) -> Path:
     }
     sections = [_headline(summary)]
     if summary["loss"] is not None:
-        sections.append(parts.section("Validation text", _loss(summary)))
+        sections.append(parts.section(f"{_split(summary)} text", _loss(summary)))
     for average in summary["averages"]:
         shots = average["shots"]
         content = _scores_table(summary, average) + _chart(summary, average, charts[shots])
@@ -43,6 +43,11 @@ def write_evaluation(summary: Evaluation, out_dir: Path) -> Path:
     return path
 
 
+def _split(summary: Evaluation) -> str:
+    """What the text is called that the loss is of."""
+    return {"val": "Validation", "test": "Test"}[summary["settings"]["split"]]
+
+
 def tasks_of(summary: Evaluation, shots: int) -> list[dict[str, Any]]:
     """The tasks of one number of shots, in the summary's order."""
     return [task for task in summary["tasks"] if task["shots"] == shots]
@@ -51,6 +56,7 @@ def tasks_of(summary: Evaluation, shots: int) -> list[dict[str, Any]]:
 def print_evaluation(summary: Evaluation) -> None:
     """Print the result as plain tables to standard output."""
     if summary["loss"] is not None:
+        print(f"{_split(summary)} text")
         print("\n".join(f"{name}: {value}" for name, value in loss_rows(summary["loss"])))
     for average in summary["averages"]:
         print(f"\n{average['shots']}-shot")
@@ -74,7 +80,7 @@ def _headline(summary: Evaluation) -> str:
     found = []
     if summary["loss"] is not None:
         rows = dict(loss_rows(summary["loss"]))
-        found.append(f"Validation loss {rows['loss (nats/token)']} nats per token.")
+        found.append(f"{_split(summary)} loss {rows['loss (nats/token)']} nats per token.")
     for average in summary["averages"]:
         mean = numbers.measured(average["mean"], average["stderr"], 2)
         beside = "" if average["paper"] is None else f"; the paper's is {average['paper']:.2f} %"
@@ -88,7 +94,7 @@ def _headline(summary: Evaluation) -> str:
 
 
 def loss_rows(loss: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of each measure of the validation text."""
+    """Name and value of each measure of the text."""
     return [
         ("loss (nats/token)", _with_interval(loss["loss"], 4)),
         ("perplexity", _with_interval(loss["perplexity"], 3)),

@@ -102,6 +102,21 @@ def test_too_little_data_for_one_sequence(folder):
     assert "at least 2" in user_error(lambda: PackedSequences(opened, 1))
 
 
+@pytest.mark.parametrize(("count", "total"), [(0, 9), (1, 1), (3, 10), (7, 8), (960, 123_457)])
+def test_indices_are_spread_evenly(count, total):
+    chosen = shards.spread(count, total)
+    assert len(chosen) == count
+    assert chosen == sorted(set(chosen) & set(range(total)))
+    steps = set(np.diff([*chosen, total]))
+    assert count == 0 or steps <= {total // count, -(-total // count)}
+
+
+def test_all_indices_are_taken_where_there_are_fewer_than_asked_for():
+    for count in (8, 9, 1000):
+        assert shards.spread(count, 8) == list(range(8))
+    assert shards.spread(5, 0) == []
+
+
 def test_uint32_shards_are_read(folder):
     """Rewrites a folder with the wider type; the ids stay the same."""
     before = read_split(folder, "train")

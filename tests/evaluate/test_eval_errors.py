@@ -5,8 +5,11 @@ import json
 import shutil
 
 import pytest
+from train.micro import some_text
 
 import deep_delta_cli
+from deep_delta.data import prepare
+from deep_delta.evaluate import run
 
 
 @pytest.fixture
@@ -66,12 +69,20 @@ def test_a_run_folder_is_not_its_checkpoint(refused, checkpoint):
         ("--batch-size 0", "whole number from 1"),
         ("--context 49", "lies between 2 and 48"),
         ("--data nowhere", "no such data folder: nowhere"),
+        ("--split test", "--split test needs --data"),
+        ("--split train --data nowhere", "invalid choice: 'train'"),
         ("--task-data nowhere", "no folder of task files nowhere"),
         ("--task", "'--tasks'"),
     ],
 )
 def test_bad_words(refused, checkpoint, words, expected):
     assert expected in refused(checkpoint, *words.split())
+
+
+def test_a_split_that_the_data_lacks(refused, checkpoint, data, tmp_path):
+    line = refused(checkpoint, "--data", data, "--split", "test", "--out", tmp_path / "out")
+    assert 'no tokens in the split "test", only in "train" and "val"' in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_task_file(refused, checkpoint, task_data, tmp_path):
@@ -106,6 +117,27 @@ def test_the_loss_needs_no_lm_eval(checkpoint, data, tmp_path, monkeypatch, caps
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"] == []
     line = refused(checkpoint, "--data", data, "--tasks", "all")
     assert "pip install 'deep-delta-learning[eval]'" in line
+
+
+def test_both_splits_in_one_folder_are_computed_once(checkpoint, tmp_path, monkeypatch, capsys):
+    lines = [json.dumps({"text": some_text(20, seed)}) for seed in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "data", val_fraction=0.2, test_fraction=0.3)
+    out = tmp_path / "out"
+    words = ["eval", str(checkpoint), "--data", str(tmp_path / "data"), "--out", str(out)]
+    titles, losses = {}, {}
+    for split in ("val", "test", "val", "test"):
+        assert deep_delta_cli.main([*words, "--split", split]) == 0
+        titles[split] = capsys.readouterr().out.splitlines()[0]
+        summary = json.loads((out / "results.json").read_text())
+        assert summary["settings"]["split"] == split
+        assert losses.setdefault(split, summary["loss"]) == summary["loss"]
+        if len(losses) == 2:
+            monkeypatch.setattr(run, "text_loss", lambda *_: pytest.fail("computed again"))
+    assert titles == {"val": "Validation text", "test": "Test text"}
+    assert losses["val"]["documents"] != losses["test"]["documents"]
+    assert "Test loss" in (out / "report.html").read_text(encoding="utf-8")
+    assert {path.name for path in (out / "parts").iterdir()} == {"loss.json", "loss-test.json"}
 
 
 def test_the_folder_one_stands_in_gets_its_results_beside_it(copy, data, monkeypatch):

@@ -50,7 +50,7 @@ def nats_by_hand(model, ids, eot, context):
 @pytest.mark.parametrize("context", [48, 7])
 def test_loss_is_that_of_a_loop_by_hand(loaded, data, context):
     documents, eot = documents_of(data)
-    result = text_loss(loaded, data, context, batch_size=3, limit=6)
+    result = text_loss(loaded, data, "val", context, batch_size=3, limit=6)
     nats = [nats_by_hand(loaded.model, ids, eot, context) for ids in documents[:6]]
     tokens = sum(len(ids) for ids in documents[:6])
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
@@ -66,7 +66,9 @@ def test_loss_is_that_of_a_loop_by_hand(loaded, data, context):
 
 def test_everything_is_counted_and_batches_change_nothing(loaded, data):
     split = Manifest.load(data).splits["val"]
-    one, many = (text_loss(loaded, data, 16, batch_size=size, limit=None) for size in (1, 64))
+    one, many = (
+        text_loss(loaded, data, "val", 16, batch_size=size, limit=None) for size in (1, 64)
+    )
     assert one["documents"] == split.documents
     assert one["tokens"] == split.tokens - split.documents
     assert one["bytes"] == split.text_bytes
@@ -103,16 +105,16 @@ def test_intervals_cover_what_they_should():
 
 def test_sources_are_resampled_whole(loaded, data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "named")
-    plain = text_loss(loaded, folder, 16, 16, None)
+    plain = text_loss(loaded, folder, "val", 16, 16, None)
     assert (plain["grouped_by"], plain["groups"]) == ("document", plain["documents"])
     names = [f"book-{number % 6}" for number in range(plain["documents"])]
     (folder / "val.sources.txt").write_text("\n".join(names) + "\n")
-    grouped = text_loss(loaded, folder, 16, 16, None)
+    grouped = text_loss(loaded, folder, "val", 16, 16, None)
     assert (grouped["grouped_by"], grouped["groups"]) == ("source", 6)
     assert grouped["loss"]["mean"] == plain["loss"]["mean"]
     assert grouped["loss"]["low"] != plain["loss"]["low"]
     (folder / "val.sources.txt").write_text("one\n")
-    assert "needs a line each" in user_error(lambda: text_loss(loaded, folder, 16, 16, None))
+    assert "needs a line each" in user_error(lambda: text_loss(loaded, folder, "val", 16, 16, None))
 
 
 def test_sources_come_from_prepare(loaded, tmp_path):
@@ -123,21 +125,41 @@ def test_sources_come_from_prepare(loaded, tmp_path):
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "books.jsonl").write_text(lines, encoding="utf-8")
     prepare([str(tmp_path / "books.jsonl")], tmp_path / "out", val_fraction=0.7)
-    result = text_loss(loaded, tmp_path / "out", 16, 16, None)
+    result = text_loss(loaded, tmp_path / "out", "val", 16, 16, None)
     assert (result["grouped_by"], result["groups"]) == ("source", 7)
     assert result["documents"] > 20
     assert result["loss"]["low"] < result["loss"]["mean"] < result["loss"]["high"]
     (tmp_path / "out" / "val.sources.txt").unlink()
-    assert text_loss(loaded, tmp_path / "out", 16, 16, None)["grouped_by"] == "document"
+    assert text_loss(loaded, tmp_path / "out", "val", 16, 16, None)["grouped_by"] == "document"
+
+
+def test_the_test_split_is_read_when_it_is_asked_for(loaded, tmp_path):
+    records = [{"text": some_text(20, seed), "source_file": f"{seed}"} for seed in range(40)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    out = tmp_path / "out"
+    prepare([str(tmp_path / "a.jsonl")], out, val_fraction=0.3, test_fraction=0.4)
+    (out / "val.sources.txt").unlink()
+    found = text_loss(loaded, out, "test", 16, 16, None)
+    assert (found["grouped_by"], found["groups"]) == ("source", found["documents"])
+    assert found["documents"] == Manifest.load(out).splits["test"].documents
+    # The same documents as the validation split of a folder give the same.
+    for kind in (".sources.txt", "-00000.bin"):
+        (out / f"test{kind}").replace(out / f"val{kind}")
+    record = json.loads((out / "manifest.json").read_text())
+    record["splits"]["val"] = record["splits"].pop("test")
+    record["splits"]["val"]["shards"][0]["name"] = "val-00000.bin"
+    (out / "manifest.json").write_text(json.dumps(record))
+    assert text_loss(loaded, out, "val", 16, 16, None) == found
 
 
 def test_another_tokenizer_is_refused(loaded, data, tmp_path):
     Tokenizer(models.WordLevel({"one": 0}, "one")).save(str(tmp_path / "tokenizer.json"))
     other = dataclasses.replace(loaded, folder=tmp_path)
-    assert "another tokenizer" in user_error(lambda: text_loss(other, data, 16, 16, 1))
+    assert "another tokenizer" in user_error(lambda: text_loss(other, data, "val", 16, 16, 1))
 
 
 def test_a_diverged_model_is_one_line(checkpoint, data):
     broken = load_checkpoint(checkpoint)
     broken.model.model.norm.weight.data.fill_(math.nan)
-    assert "no numbers" in user_error(lambda: text_loss(broken, data, 16, 16, 2))
+    assert "no numbers" in user_error(lambda: text_loss(broken, data, "val", 16, 16, 2))

@@ -55,7 +55,7 @@ def make_evaluation(variant: str = "ddl-cc", size: str = "small", **changes: Any
         "commit": None,
         "hardware": "a CPU",
         "versions": {"python": "3.11", "lm_eval": "0.4.13"},
-        "settings": {"context": 1024, "limit": None, "task_data": None},
+        "settings": {"split": "val", "context": 1024, "limit": None, "task_data": None},
     }
     checkpoint: Any = Named(variant, size)
     return {**summarise(checkpoint, loss, results, context), **changes}
