@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first calls of part A on a machine with two GPUs: bash first.sh 1, then 2 (under ten minutes each, four processes), 3 and 4 (a training a process); 5 is for one GPU.
+# The first calls of part A on a machine with two GPUs: bash first.sh 1, then 2 (under ten minutes each, four processes), 3 and 4 (a training a process); 5 and 6 are for one GPU.
 #   DAT=folder-with-token-files  OUT=folder-for-rows  bash first.sh 1
 # Every training is 8 x 512, d_v = 1, about 130 seconds where two share a GPU. Rows are appended to $OUT as they come.
 set -u
@@ -27,7 +27,10 @@ case ${1:-} in
 5)  e="ec=0+noise=0.5"   # which part of EC it is: noise alone, then EC alone
     train 0 a5 "writeonly+dv=1+$small+$e$r" "$a=0.01+$small+$e$r" "writeonly+dv=1+$small+$e$r#1" "$a=0.01+$small+$e$r#1"
     train 0 b5 "writeonly+dv=1+$small+noise=0$r" "$a=0.01+$small+ec=1$r" "writeonly+dv=1+$small+noise=0$r#1" "$a=0.01+$small+ec=1$r#1" ;;
-*)  echo "bash first.sh 1, 2, 3, 4 or 5" >&2; exit 2 ;;
+6)  c="$small+ec=1+noise=0.5"   # rates of the two best forms, kgain, and what is left of 3 and 4
+    train 0 a6 "$a=0.01+$c@4e-3" "$a=0.01+$c@1.6e-2" "writeonly+dv=1+$small+kgain=1$r" "$a=0.01+$c+tgate=1$r"
+    train 0 b6 "writeonly+dv=1+$small@4e-3" "writeonly+dv=1+$small@1.6e-2" "writeonly+dv=1+$small+kgain=1+ec=0+noise=0.5$r" "writeonly+dv=1+$small+zscale=0$r" ;;
+*)  echo "bash first.sh 1 to 6" >&2; exit 2 ;;
 esac
 wait
 cut -c1-200 "$OUT"/*.log
