@@ -71,6 +71,11 @@ class TokenShards:
         for path, shard in list(zip(self._paths, self._shards, strict=True))[part::parts]:
             _check_contents(path, shard, self.manifest)
 
+    @property
+    def sha256(self) -> list[str]:
+        """The hash of each shard."""
+        return [shard.sha256 for shard in self._shards]
+
     def __len__(self) -> int:
         """Number of tokens."""
         return int(self._borders[-1])

@@ -45,7 +45,9 @@ SHOWN = 4  # sequences of a diverged step that the one line names
 class RunResult:
     """What a finished run leaves in result.json.
 
-    val_loss: nats per token at the last step. train_seconds: without evaluation and saving.
+    val_loss: nats per token at the last step.
+    test_loss: likewise on all of the test text, which nothing is chosen on; None without one.
+    train_seconds: without evaluation and saving.
     tokens_per_s: tokens / train_seconds without the first logged interval, which warms up.
     peak_memory_bytes: highest use of the device's memory by the run (of the process on a CPU).
     flops_per_token: forward and backward.
@@ -63,6 +65,7 @@ class RunResult:
     tokens_per_s: float
     peak_memory_bytes: int
     flops_per_token: float
+    test_loss: float | None = None
     diverged: str | None = None
     hardware: str | None = None
     commit: str | None = None
@@ -112,7 +115,9 @@ class Hold:
             self._file.close()
 
 
-def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> Path | None:
+def prepare_folder(
+    recipe: Recipe, config: DeepDeltaConfig, data: Manifest, test: TokenShards | None
+) -> Path | None:
     """Make the run folder; the checkpoint to go on from, or None.
 
     UserError if the folder has begun with another recipe or other data, or if the checkpoint that
@@ -124,7 +129,7 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(aside)  # nothing is lost by starting over
-    identity = _data_identity(data)
+    identity = _data_identity(data, test)
     if folder.exists():
         shutil.rmtree(folder / STAGE, ignore_errors=True)
     newest, finished = newest_whole(folder), (folder / RESULT).is_file()
@@ -158,9 +163,11 @@ def prepare_folder(recipe: Recipe, config: DeepDeltaConfig, data: Manifest) -> P
     return begins_at
 
 
-def _data_identity(data: Manifest) -> dict[str, list[str]]:
+def _data_identity(data: Manifest, test: TokenShards | None) -> dict[str, list[str]]:
     """What tells one prepared folder from another, wherever it lies: its hashes."""
-    shards = {name: [s.sha256 for s in split.shards] for name, split in data.splits.items()}
+    shards = {name: [s.sha256 for s in data.splits[name].shards] for name in ("train", "val")}
+    if test is not None:
+        shards["test"] = test.sha256
     return {"tokenizer": [data.tokenizer_sha256], **shards}
 
 
@@ -281,6 +288,7 @@ def save_result(
     folder: Path,
     memory: int,
     made_with: dict[str, Any],
+    test_loss: float | None = None,
     diverged: str | None = None,
 ) -> RunResult:
     rows = read_metrics(folder / "metrics.jsonl")
@@ -301,6 +309,7 @@ def save_result(
         tokens_per_s=speed,
         peak_memory_bytes=memory,
         flops_per_token=flops_per_token(config, recipe.seq_len),
+        test_loss=test_loss,
         diverged=diverged,
         **made_with,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deep_delta.data.shards import IGNORED_LABEL, PackedSequences
+from deep_delta.data.shards import IGNORED_LABEL, PackedSequences, spread
 from deep_delta.model import DeepDeltaForCausalLM
 from deep_delta.model.capture import captured
 from deep_delta.train.batches import Batch, Order, collate, predictions
@@ -38,7 +38,7 @@ class Loop:
         recipe: steps, batch, rates, intervals.
         devices: what trains, and how a batch is shared.
         model: with its weights, on the device; compiled or not.
-        data, validation: training data, and the data whose items `val_sequences` are evaluated.
+        data, validation: training data, and what is evaluated at every `eval_every`th step.
         metrics: takes a row for every log and evaluation.
         folder: gets checkpoint-STEP at every `save_every`th step and when a signal stops the run.
     """
@@ -50,12 +50,11 @@ class Loop:
         model: DeepDeltaForCausalLM,
         data: PackedSequences,
         validation: PackedSequences,
-        val_sequences: list[int],
         metrics: Metrics,
         folder: Path,
     ):
         self.recipe, self.devices, self.bare, self.folder = recipe, devices, model, folder
-        self.data, self.validation, self.val_sequences = data, validation, val_sequences
+        self.data, self.validation = data, validation
         self.metrics, self.watch, self.step = metrics, Watch(), 0
         self.order = Order(len(data), recipe.batch_size, recipe.seed)
         self.accelerator, self.autocast = devices.accelerator, devices.autocast
@@ -106,7 +105,8 @@ class Loop:
                 if evaluates or saves or self.step % recipe.log_every == 0:
                     self.log(rate, norm)
                 if evaluates:
-                    self.metrics.evaluated(self.step, self.evaluate())
+                    limit = recipe.eval_sequences
+                    self.metrics.evaluated(self.step, self.evaluate(self.validation, limit))
                 if saves:
                     self.save()
                 if stopped:
@@ -154,18 +154,22 @@ class Loop:
         self.passes, self.norms = [], []
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over all predictions of the validation sequences, nats."""
+    def evaluate(self, data: PackedSequences, limit: int | None = None) -> float:
+        """Mean loss over all predictions of the data, nats, or of `limit` sequences of it.
+
+        These are spread evenly, so that they come from as many documents as can be.
+        """
+        sequences = spread(len(data) if limit is None else limit, len(data))
         self.watch.begin(f"the evaluation at step {self.step}", GPU)
         self.model.eval()
         losses, counts = [], []
         size = self.devices.micro_batch * self.accelerator.num_processes
-        for begin in range(0, len(self.val_sequences), size):
+        for begin in range(0, len(sequences), size):
             # Every process makes the same passes of one shape: what is missing predicts nothing.
-            chosen = self.val_sequences[begin : begin + size]
+            chosen = sequences[begin : begin + size]
             padded = chosen + [chosen[0]] * (size - len(chosen))
             own = slice(rank() * self.devices.micro_batch, (rank() + 1) * self.devices.micro_batch)
-            batch = collate(self.validation, padded[own], self.devices.device)
+            batch = collate(data, padded[own], self.devices.device)
             batch["labels"][max(0, len(chosen) - own.start) :] = IGNORED_LABEL
             counts.append(predictions(batch))
             losses.append(self._loss(batch, torch.ones((), device=self.devices.device)))

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +17,15 @@ from deep_delta.data.files import write_atomically
 from deep_delta.errors import UserError
 
 # Changing these does not change what the run learns, so a resumed run may differ in them.
-# The data counts by its hashes, not by its path: see `folder.prepare_folder`.
+# Data counts by its hashes, not by its path: see `folder.prepare_folder`.
 _FREE_TO_CHANGE = {
-    "out", "resume", "data", "log_every", "eval_every", "save_every", "keep_checkpoints",
-    "trackers",
+    "out", "name", "resume", "data", "test_data", "log_every", "eval_every", "save_every",
+    "keep_checkpoints", "trackers",
     # These add in another order, as another number of processes does.
     "parallel", "micro_batch_size", "gradient_checkpointing", "cuda_graphs",
 }  # fmt: skip
 REORDERS_SUMS = {"rebuild", "backend"}  # fields of the model's configuration, likewise
+NAME = r"[^/\\.][^/\\]*(/[^/\\.][^/\\]*)*"  # of a folder, and of folders in it; none is hidden
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SHIPPED = Path(str(files("deep_delta") / "recipes"))  # has launch/slurm.sh too
 
@@ -45,8 +48,13 @@ class Recipe:
         default="bundled",
         metadata={"help": "folder made by ddl prepare, or 'bundled' for the package's own text"},
     )
-    out: str = field(
-        default="runs/train", metadata={"help": "the run goes to OUT/VARIANT/seed-SEED"}
+    test_data: str | None = field(
+        default=None,
+        metadata={"help": "folder whose text is looked at once, at the end; default: data's test"},
+    )
+    out: str = field(default="runs/train", metadata={"help": "the run goes to OUT/NAME/seed-SEED"})
+    name: str | None = field(
+        default=None, metadata={"help": "what the run is called; default: its variant"}
     )
     seed: int = field(default=0, metadata={"help": "initial weights and data order"})
     steps: int = field(default=80, metadata={"help": "optimizer steps"})
@@ -134,10 +142,18 @@ class Recipe:
                 "comma-separated, or none"
             )
 
+        if self.name is not None and not re.fullmatch(NAME, self.name):
+            raise UserError(f"name is {self.name!r}; it must be the name of a folder below OUT")
+
+    @property
+    def label(self) -> str:
+        """What the run is called: its name, or its variant."""
+        return self.name or self.variant
+
     @property
     def run_folder(self) -> Path:
-        """OUT/VARIANT/seed-N."""
-        return Path(self.out) / self.variant / f"seed-{self.seed}"
+        """OUT/NAME/seed-N."""
+        return Path(self.out) / self.label / f"seed-{self.seed}"
 
     @property
     def tracker_names(self) -> list[str]:
@@ -147,17 +163,16 @@ class Recipe:
 
     def differences(self, other: "Recipe") -> list[str]:
         """The fields in which another recipe would train another model, as "name: old -> new"."""
-        names = [f.name for f in fields(self) if f.name not in _FREE_TO_CHANGE | {"model"}]
-        changed = [
-            f"{name}: {getattr(other, name)} -> {getattr(self, name)}"
-            for name in names
-            if getattr(self, name) != getattr(other, name)
-        ]
         ours, theirs = (
-            {name: value for name, value in recipe.model.items() if name not in REORDERS_SUMS}
+            dataclasses.asdict(recipe)
+            | {"model": {n: v for n, v in recipe.model.items() if n not in REORDERS_SUMS}}
             for recipe in (self, other)
         )
-        return changed + ([f"model: {theirs} -> {ours}"] if ours != theirs else [])
+        return [
+            f"{name}: {theirs[name]} -> {value}"
+            for name, value in ours.items()
+            if name not in _FREE_TO_CHANGE and value != theirs[name]
+        ]
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -176,7 +191,7 @@ def find_recipe(name: str | Path) -> Path:
     if path.is_file():
         return path
     if str(name) not in shipped:
-        raise UserError(f"there is no recipe {name}{_nearest(str(name), shipped)}")
+        raise UserError(f"there is no recipe {name}{nearest(str(name), shipped)}")
     return shipped[str(name)]
 
 
@@ -188,15 +203,23 @@ def load_recipe(name: str | Path, *more: str | Path) -> Recipe:
     """
     values: dict[str, Any] = {}
     for file in map(find_recipe, (name, *more)):
-        own = _read_fields(file)
-        make_recipe(own, origin=str(file))  # what is wrong is said of the file that says it
-        if isinstance(own.get("model"), dict):
-            own["model"] = {**values.get("model", {}), **own["model"]}
-        values |= own
+        values = merged_fields(values, read_fields(file), str(file))
     return make_recipe(values, origin=str(name))
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
+def merged_fields(values: Mapping[str, Any], own: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Fields with those of another file put over them; `model` is merged field by field.
+
+    UserError for what is wrong with the file's own, said of it.
+    """
+    make_recipe(own, origin=origin)
+    if isinstance(own.get("model"), dict):
+        own = {**own, "model": {**values.get("model", {}), **own["model"]}}
+    return {**values, **own}
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML (or JSON) file; UserError for one that has something else."""
     import yaml
 
     try:
@@ -213,7 +236,7 @@ def make_recipe(values: dict[str, Any], origin: str = "the recipe") -> Recipe:
     known = typing.get_type_hints(Recipe)
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{origin}: unknown field {name!r}{_nearest(name, known)}")
+            raise UserError(f"{origin}: unknown field {name!r}{nearest(name, known)}")
         values = {**values, name: _checked(name, value, known[name], origin)}
     return Recipe(**values)
 
@@ -241,31 +264,44 @@ def parse_overrides(arguments: list[str], also: tuple[str, ...] = ()) -> dict[st
                 raise UserError(f"--{option} needs a value")
         name = option.replace("-", "_")
         if name.startswith("model."):
-            values.setdefault("model", {})[name.removeprefix("model.")] = _scalar(option, text)
+            values.setdefault("model", {})[name.removeprefix("model.")] = parse_field(name, text)
         elif name == "model":
             raise UserError("--model takes no value: set its fields by --model.FIELD value")
         elif name not in known:
-            raise UserError(f"unknown option --{option}{_nearest(name, [*known, *also])}")
+            raise UserError(f"unknown option --{option}{nearest(name, [*known, *also])}")
         else:
-            values[name] = text if _is_text(known[name]) else _scalar(option, text)
+            values[name] = parse_field(name, text)
     return values
 
 
-def _scalar(option: str, text: str) -> Any:
+def parse_field(name: str, text: str) -> Any:
+    """The value of a typed word for a field of a recipe, or for model.FIELD.
+
+    A field that is text takes the word as it is; another reads it as a YAML scalar, or as a number
+    that YAML takes for text (1e-3). UserError for a word that is none.
+    """
     import yaml
 
+    hints = typing.get_type_hints(Recipe)
+    if name in hints and _is_text(hints[name]):
+        return text
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"--{option} {text!r} is not a number, true, false, null or text") from None
+        line = f"--{name} {text!r} is not a number, true, false, null or text"
+        raise UserError(line) from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
-def merge(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
-    """The recipe with other values; `model` is merged field by field."""
+def merge(recipe: Recipe, overrides: Mapping[str, Any], origin: str = "the command line") -> Recipe:
+    """The recipe with other values; `model` is merged field by field. `origin` says whose."""
     values = {**dataclasses.asdict(recipe), **overrides}
     if isinstance(overrides.get("model"), dict):
         values["model"] = {**recipe.model, **overrides["model"]}
-    return make_recipe(values, origin="the command line")
+    return make_recipe(values, origin=origin)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -276,7 +312,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_atomically(path, text.encode())
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """What a line about an unknown name ends with: the known one that is like it, or all."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 

@@ -87,9 +87,11 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
     config, devices = model_config(recipe), find_devices(recipe)
     loss = _loss(recipe, devices.device)
     data_folder = on_main(lambda: _data_folder(recipe))
-    train_data, val_data, manifest = _datasets(recipe, data_folder, config)
+    train_data, val_data, test_data = _datasets(recipe, data_folder, config)
     on_main(hold.take)
-    checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest))
+    test_shards = None if test_data is None else test_data.shards
+    manifest = train_data.shards.manifest
+    checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest, test_shards))
     folder, made_with = recipe.run_folder, on_main(provenance)
     result = on_main(lambda: read_result(folder) if (folder / RESULT).is_file() else None)
     if result is not None:
@@ -114,7 +116,7 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
             # Else the graphs of a comparison's earlier runs would be looked through at every call.
             torch.compiler.reset()
             compile_layers(model)
-        progress = ProgressLine(f"{recipe.variant} seed {recipe.seed}", recipe.steps, start)
+        progress = ProgressLine(f"{recipe.label} seed {recipe.seed}", recipe.steps, start)
         metrics = Metrics(
             folder / "metrics.jsonl",
             tokens_per_step=recipe.batch_size * recipe.seq_len,
@@ -126,15 +128,16 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
             also=trackers.log,
         )
         on_main(lambda: trackers.open(recipe, config, start))
-        evaluated = list(range(min(recipe.eval_sequences or len(val_data), len(val_data))))
-        loop = Loop(recipe, devices, model, train_data, val_data, evaluated, metrics, folder)
+        loop = Loop(recipe, devices, model, train_data, val_data, metrics, folder)
         wait_for_all()  # out of memory in one process, say, ends all of them here
         if checkpoint is not None:
             loop.resume(checkpoint, start)
         not_finite: NotFinite | None = None
-        stopped_by = None
+        stopped_by, test_loss = None, None
         try:
             stopped_by = loop.run(StopOnSignal())
+            if test_data is not None and loop.step == recipe.steps:
+                test_loss = loop.evaluate(test_data)
         except NotFinite as event:
             not_finite = event
         finally:
@@ -154,7 +157,9 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
         raise Diverged(line)
     save_final(model, data_folder, folder / FINAL)
     result = on_main(
-        lambda: save_result(recipe, config, parameters, folder, memory.bytes, made_with)
+        lambda: save_result(
+            recipe, config, parameters, folder, memory.bytes, made_with, test_loss=test_loss
+        )
     )
     val_loss = float("nan") if result.val_loss is None else result.val_loss
     _finish(progress, f"val loss {val_loss:.4f}  {result.tokens_per_s:,.0f} tokens/s")
@@ -197,9 +202,14 @@ def _data_folder(recipe: Recipe) -> Path:
     return Path(recipe.data)
 
 
-def _opened(folder: Path) -> list[TokenShards]:
-    """Both splits, of whose shards every process reads its part: large data takes minutes."""
+def _opened(recipe: Recipe, folder: Path) -> list[TokenShards]:
+    """The splits, of whose shards every process reads its part: large data takes minutes."""
     splits = [TokenShards.open(folder, split, verify=False) for split in ("train", "val")]
+    test = folder if recipe.test_data is None else Path(recipe.test_data)
+    named = Manifest.load(test).splits
+    if "test" in named or recipe.test_data is not None:
+        split = "test" if "test" in named else "val"
+        splits.append(TokenShards.open(test, split, verify=False))
     for shards in splits:
         shards.verify(rank(), processes())
     return splits
@@ -207,16 +217,23 @@ def _opened(folder: Path) -> list[TokenShards]:
 
 def _datasets(
     recipe: Recipe, folder: Path, config: DeepDeltaConfig
-) -> tuple[PackedSequences, PackedSequences, Manifest]:
-    train_shards, val_shards = on_each(lambda: _opened(folder))
+) -> tuple[PackedSequences, PackedSequences, PackedSequences | None]:
+    train_shards, val_shards, *test_shards = on_each(lambda: _opened(recipe, folder))
     check_tokenizer(train_shards.manifest, config.vocab_size)
+    for shards in test_shards:
+        if shards.manifest.tokenizer_sha256 != train_shards.manifest.tokenizer_sha256:
+            raise UserError(
+                f"{shards.folder} was prepared with another tokenizer than {folder}: prepare it "
+                "with the same"
+            )
     config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
-    mask = recipe.mask_documents
-    train_data = PackedSequences(train_shards, recipe.seq_len, mask_documents=mask)
+    train_data, val_data, *test_data = (
+        PackedSequences(shards, recipe.seq_len, mask_documents=recipe.mask_documents)
+        for shards in (train_shards, val_shards, *test_shards)
+    )
     if len(train_data) < recipe.batch_size:
         raise UserError(
             f"{folder} has {len(train_data)} sequences of {recipe.seq_len} tokens, fewer than one "
             f"batch of {recipe.batch_size}"
         )
-    val_data = PackedSequences(val_shards, recipe.seq_len, mask_documents=mask)
-    return train_data, val_data, train_shards.manifest
+    return train_data, val_data, test_data[0] if test_data else None

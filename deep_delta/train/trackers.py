@@ -103,7 +103,7 @@ def _wandb(recipe: Recipe, config: DeepDeltaConfig, start: int) -> Tracker:
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         id=_identity("wandb", recipe, start),
-        name=f"{recipe.variant}-seed-{recipe.seed}",
+        name=f"{recipe.label}-seed-{recipe.seed}",
         config=_choices(recipe, config),
         dir=recipe.run_folder,
         resume="allow",  # W&B keeps the rows that it has and ignores them when they come again
@@ -140,7 +140,8 @@ def _identity(tracker: str, recipe: Recipe, start: int) -> str:
     path = recipe.run_folder / f"{tracker}.id"
     if not start or not path.is_file():
         unique = secrets.token_hex(4)
-        path.write_text(f"{recipe.variant}-seed-{recipe.seed}-{unique}\n", encoding="utf-8")
+        label = recipe.label.replace("/", "-")
+        path.write_text(f"{label}-seed-{recipe.seed}-{unique}\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -24,6 +24,7 @@ def test_every_field_survives_a_round_trip_through_yaml(tmp_path):
         "micro_batch_size": 2, "mask_documents": True, "decay_residual": False,
         "precision": "bf16", "gradient_checkpointing": True, "resume": "never",
         "compile": True, "loss": "liger", "parallel": "fsdp2", "trackers": "none",
+        "cuda_graphs": True, "name": "my/name", "test_data": "my test_data",
     }  # fmt: skip
     for field in dataclasses.fields(Recipe):
         if field.name in changed:
@@ -158,7 +159,8 @@ def test_merge_replaces_fields_and_merges_the_model():
 def test_differences_name_what_would_train_another_model():
     recipe = Recipe(steps=7)
     free = {"out": "b", "resume": "never", "log_every": 1, "eval_every": 1, "save_every": 1}
-    free["trackers"] = "none"
+    free |= {"trackers": "none", "micro_batch_size": 2, "gradient_checkpointing": True}
+    free |= {"cuda_graphs": True, "name": "c", "test_data": "d", "model": {"rebuild": 1}}
     assert dataclasses.replace(recipe, **free, keep_checkpoints=5).differences(recipe) == []
     other = dataclasses.replace(recipe, steps=8, model={"gate": "layer"})
     assert other.differences(recipe) == ["model: {} -> {'gate': 'layer'}", "steps: 7 -> 8"]
@@ -166,9 +168,16 @@ def test_differences_name_what_would_train_another_model():
     assert faster.differences(recipe) == ["compile: False -> True", "loss: torch -> liger"]
 
 
-def test_the_run_folder_is_named_after_variant_and_seed():
+def test_the_run_folder_is_named_after_name_or_variant_and_seed():
     folder = Recipe(out="a/b", variant="ddl-tc", seed=3).run_folder
     assert folder.parts == ("a", "b", "ddl-tc", "seed-3")
+    folder = Recipe(out="a/b", variant="ddl-tc", name="one gate/lr-0.1", seed=3).run_folder
+    assert folder.parts == ("a", "b", "one gate", "lr-0.1", "seed-3")
+
+
+@pytest.mark.parametrize("name", ["", "/a", "a//b", "../a", "a/../b", "a/", ".a", "a\\b"])
+def test_a_name_stays_below_out(name):
+    assert "name of a folder below OUT" in user_error(lambda: Recipe(name=name))
 
 
 def of_variant(variant, *names):

@@ -1,5 +1,7 @@
 """One training run: what it leaves behind, and what it refuses."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -10,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from train.micro import micro_recipe, rows_of, user_error
+from train.micro import micro_recipe, rows_of, some_text, user_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deep_delta import DeepDeltaForCausalLM
-from deep_delta.data import PackedSequences, TokenShards
+from deep_delta.data import PackedSequences, TokenShards, prepare
 from deep_delta.train import load_recipe, loop, metrics, read_metrics, read_result, train
 from deep_delta.train.loop import Loop
 from deep_delta.train.metrics import Metrics
@@ -207,3 +209,64 @@ def test_what_does_not_fit_is_one_line_and_can_be_mended(micro_data, tmp_path, f
     recipe = micro_recipe(micro_data, tmp_path, **fields)
     assert expected in user_error(train, recipe)
     assert train(micro_recipe(micro_data, tmp_path)).tokens == 6 * 4 * 16
+
+
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory):
+    """Prepared text of its own, with a test split and without."""
+    folder = tmp_path_factory.mktemp("other")
+    lines = [json.dumps({"text": some_text(10 + seed % 30, seed)}) for seed in range(200, 260)]
+    source = folder / "documents.jsonl"
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, test in (("with", 0.3), ("without", 0.0)):
+        prepare([str(source)], folder / name, val_fraction=0.2, test_fraction=test)
+    return folder
+
+
+def loss_on(folder, shards):
+    model = AutoModelForCausalLM.from_pretrained(folder / "final").eval()
+    rows = torch.stack([item["input_ids"] for item in PackedSequences(shards, 16)])
+    with torch.no_grad():
+        return model(rows, labels=rows).loss.item()
+
+
+@pytest.mark.parametrize(
+    ("data", "test_data", "read"),
+    [
+        ("with", None, ("with", "test")),
+        ("without", None, None),
+        ("without", "with", ("with", "test")),
+        ("with", "without", ("without", "val")),
+    ],
+)
+def test_test_text_is_evaluated_whole_at_the_end(other_text, tmp_path, data, test_data, read):
+    named = None if test_data is None else str(other_text / test_data)
+    recipe = micro_recipe(other_text / data, tmp_path, test_data=named, eval_sequences=2)
+    result = train(recipe)
+    if read is None:
+        assert result.test_loss is None
+        return
+    shards = TokenShards.open(other_text / read[0], read[1])
+    assert result.test_loss == pytest.approx(loss_on(recipe.run_folder, shards), abs=2e-6)
+    assert read_result(recipe.run_folder).test_loss == result.test_loss
+
+
+def test_another_test_text_is_another_run(other_text, tmp_path):
+    recipe = micro_recipe(other_text / "without", tmp_path, test_data=str(other_text / "with"))
+    train(recipe)
+    other = dataclasses.replace(recipe, test_data=str(other_text / "without"))
+    assert "other data" in user_error(train, other)
+
+
+def test_test_text_must_be_there_and_of_the_same_tokenizer(other_text, tmp_path):
+    recipe = micro_recipe(other_text / "without", tmp_path, test_data=str(tmp_path / "nowhere"))
+    assert "nowhere" in user_error(train, recipe)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(other_text / "with", foreign)
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    text = (foreign / "tokenizer.json").read_text() + " "
+    (foreign / "tokenizer.json").write_text(text)
+    manifest["tokenizer_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (foreign / "manifest.json").write_text(json.dumps(manifest))
+    line = user_error(train, dataclasses.replace(recipe, test_data=str(foreign)))
+    assert "another tokenizer" in line
