@@ -12,10 +12,10 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from deep_delta_options import make_parser
+from deep_delta_options import COMPARE, COMPARE_REPEATED, make_parser
 
 COMPARE_DEFAULTS = {"out": "runs/compare", "trackers": "none"}  # its report has the curves
-COMPARE_DECIDES = ("variant", "seed", "resume")  # fields of a recipe that compare sets itself
+COMPARE_DECIDES = ("variant", "seed", "name", "resume")  # fields of a recipe that compare sets
 SIGNALLED = 128  # plus its number: what a shell expects of a program that a signal ended
 INTERRUPTED = SIGNALLED + 2  # Ctrl-C
 
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors a person can mend are one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, rest = make_parser().parse_known_args(words)
+    if hasattr(options, "takes_recipes"):
+        # Those before the first option; behind an option, a word is its value.
+        first = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
+        options.recipes, rest = rest[:first], rest[first:]
     if rest and hasattr(options, "known"):
         near = difflib.get_close_matches(rest[0], [f"--{name}" for name in options.known], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"see ddl {words[0]} --help"
@@ -133,34 +137,37 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     if options.help:
-        print("usage: ddl compare [--variants a,b] [--seeds 0,1] [--field value ...]\n")
-        print("Train every variant with every seed by one recipe; report in OUT/report.html.\n")
-        print("  --variants               comma-separated; default: two additive models, write-")
-        print("                           only, DDL-CC and scalar DDL")
-        print("  --seeds                  comma-separated; default: 0,1,2\n")
-        print("Fields of the recipe:\n")
-        return _print_fields(without=COMPARE_DECIDES, defaults=COMPARE_DEFAULTS)
+        print(
+            "usage: ddl compare [RECIPE ...] [--arm 'NAME = VARIANT f=v'] ... [--field value ...]"
+        )
+        print("\nTrain every arm by one recipe with every seed; report in OUT/report.html. Without")
+        print(
+            "arms: two additive models, write-only, DDL-CC and scalar DDL. A YAML file may say the"
+        )
+        print("same: arms, baseline, contrasts, lr, rate_seeds, seeds, budgets.\n")
+        for name, text in COMPARE.items():
+            print(f"  --{name:<23}{text}")
+        print("\nFields of the recipe:\n")
+        return _print_fields(without=(*COMPARE_DECIDES, "lr"), defaults=COMPARE_DEFAULTS)
     _need("train", "accelerate", "psutil", "yaml")
     _need("report", "matplotlib", "rich", "scipy")
-    from deep_delta.compare import DEFAULT_SEEDS, DEFAULT_VARIANTS, compare
-    from deep_delta.errors import UserError
-    from deep_delta.train import Interrupted, make_recipe, parse_overrides
+    from deep_delta.compare import compare, read_study
+    from deep_delta.train import Interrupted, parse_overrides
     from deep_delta.train.processes import leave
 
-    overrides = parse_overrides(rest, also=("variants", "seeds"))
-    for field in COMPARE_DECIDES:
-        if field in overrides:
-            raise UserError(f"compare takes no --{field}: it is about --variants and --seeds")
-    recipe = make_recipe({**COMPARE_DEFAULTS, **overrides}, origin="the command line")
-    variants = options.variants.split(",") if options.variants else list(DEFAULT_VARIANTS)
+    overrides = parse_overrides(rest, also=tuple(COMPARE))
+    given = {
+        "arms": options.arm,
+        "contrasts": options.contrast,
+        **{
+            name.replace("-", "_"): getattr(options, name.replace("-", "_"))
+            for name in COMPARE
+            if name not in COMPARE_REPEATED
+        },
+    }
+    study = read_study(options.recipes, given, overrides, COMPARE_DEFAULTS)
     try:
-        seeds = [int(s) for s in options.seeds.split(",")] if options.seeds else DEFAULT_SEEDS
-    except ValueError:
-        raise UserError(
-            f"--seeds is {options.seeds!r}; it must be whole numbers like 0,1,2"
-        ) from None
-    try:
-        compare(recipe, [name.strip() for name in variants], list(seeds), _command())
+        compare(study, _command())
     except Interrupted as stop:
         line = "interrupted; the same command goes on with what is missing"
         return _fail(line, SIGNALLED + stop.signal)

@@ -76,6 +76,17 @@ BENCH_MODEL: dict[str, tuple[Any, ...]] = {
     "steps": (_count, "20", "timed steps, of which the median counts"),
     "warmup": (_count, "5", "steps before those"),
 }
+COMPARE = {
+    "variants": "comma-separated arms that are variants as they are",
+    "arm": "one arm, 'VARIANT' or 'NAME = VARIANT field=value ...'; may be given again and again",
+    "baseline": "the arm that others are set against (additive, where it is one)",
+    "contrast": "'ARM - REFERENCE' in place of every arm against the baseline; may be repeated",
+    "lr": "comma-separated: every arm at its own best, chosen on the validation text",
+    "rate-seeds": "of the trainings that choose a rate, which are not reported (1000)",
+    "seeds": "comma-separated, of those that are reported (0,1,2)",
+    "budgets": "tokens, comma-separated: the baseline's curve, to read an arm's loss as tokens",
+}
+COMPARE_REPEATED = ("arm", "contrast")
 BENCH_BOTH: dict[str, tuple[Any, ...]] = {
     "providers": (
         _names,
@@ -141,21 +152,21 @@ def make_parser() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
-    train.add_argument("recipes", nargs="*")
     train.add_argument("-h", "--help", action="store_true")
-    train.set_defaults(run="train")
+    train.set_defaults(run="train", takes_recipes=True)
 
     compare = jobs.add_parser(
         "compare",
-        help="train several residuals by one recipe and report",
-        usage="ddl compare [--variants a,b] [--seeds 0,1] [--field value ...]",
+        help="train several arms by one recipe and report",
+        usage="ddl compare [RECIPE ...] [--arm 'NAME = VARIANT f=v'] ... [--field value ...]",
         add_help=False,
         allow_abbrev=False,
     )
-    compare.add_argument("--variants")
-    compare.add_argument("--seeds")
+    for name in COMPARE:
+        more = name in COMPARE_REPEATED
+        compare.add_argument(f"--{name}", action="append" if more else "store")
     compare.add_argument("-h", "--help", action="store_true")
-    compare.set_defaults(run="compare")
+    compare.set_defaults(run="compare", takes_recipes=True)
 
     audit = jobs.add_parser(
         "audit",

@@ -1,82 +1,182 @@
-"""Many runs, one question: does a residual help, and what does it cost?"""
+"""Many trainings, one question: does a residual help, and what does it cost?"""
 
+import csv
 import dataclasses
-import gc
-import json
+import io
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from deep_delta.compare.arms import Arm
+from deep_delta.compare.machines import train_all
+from deep_delta.compare.rates import Choice, choose
+from deep_delta.compare.speed import measure_speed
+from deep_delta.compare.study import Study
 from deep_delta.compare.summary import summarise
-from deep_delta.errors import UserError
-from deep_delta.model.presets import VARIANTS, lookup
+from deep_delta.compare.training import BUDGET, RATE, REPORTED, Training
+from deep_delta.data.files import write_atomically, write_json_atomically
 from deep_delta.report import print_table, write_report
-from deep_delta.train import Diverged, Recipe, RunResult, read_metrics, read_result, train
+from deep_delta.train import Recipe, RunResult, read_metrics
 from deep_delta.train.processes import lost_processes_named, on_main
 
-DEFAULT_VARIANTS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl-scalar")
-DEFAULT_SEEDS = (0, 1, 2)
-BASELINE = "additive"
 
+def compare(study: Study, command: str) -> dict[str, Any]:
+    """Choose every arm's rate, train it with every seed, and report.
 
-def compare(recipe: Recipe, variants: list[str], seeds: list[int], command: str) -> dict[str, Any]:
-    """Train every variant with every seed by one recipe, and report.
-
-    Runs that are finished in `recipe.out` are taken as they are, so an interrupted comparison goes
-    on with those that are missing. Seeds are the outer loop: what an interruption leaves is paired.
+    Trainings that are finished in the study's folder are taken as they are, so an interrupted
+    comparison goes on with those that are missing, on another machine too. Seeds are the outer
+    loop: what an interruption leaves is paired.
 
     Args:
-        recipe: everything but the variant and the seed.
-        variants, seeds: without repeats; the pairs are trained in this order.
+        study: what is asked.
         command: how the comparison was started, for the report.
 
     Returns:
-        The summary that is also in OUT/summary.json; OUT/report.html and its plots show it.
+        The summary that is also in OUT/summary.json; OUT/runs.csv has a row for every training,
+        OUT/report.html and its plots show it.
 
     Raises:
-        UserError: unknown or repeated variants or seeds, or what `train` raises.
+        UserError: budgets longer than the data, no rate without divergence, or what `train` raises.
     """
-    _check_choices(variants, seeds)
-    results: list[RunResult] = []
-    folders: dict[tuple[str, int], Path] = {}
-    for seed in seeds:
-        for variant in variants:
-            run = dataclasses.replace(recipe, variant=variant, seed=seed)
-            folders[variant, seed] = run.run_folder
-            try:
-                results.append(train(run))
-            except Diverged:  # a result like others, and no reason to stop the rest
-                results.append(read_result(run.run_folder))
-            gc.collect()  # the next run's peak memory starts without this one's model
+    on_main(study.check_budgets)
+    searched = _train(
+        [
+            (arm, RATE, _at_rate(study, arm, rate), seed)
+            for seed in study.rate_seeds
+            for arm in _searching(study)
+            for rate in study.rates
+        ]
+    )
+    choices = {arm.name: _choice(arm, searched) for arm in _searching(study)}
+    recipes = {arm.name: _chosen(study, arm, choices.get(arm.name)) for arm in study.arms}
+    reported = _train(
+        [(arm, REPORTED, recipes[arm.name], seed) for seed in study.seeds for arm in study.arms]
+    )
+    baselines = [arm for arm in study.arms if arm.name == study.baseline]
+    budgets = _train(
+        [
+            (arm, BUDGET, _with_budget(recipes[arm.name], budget), seed)
+            for arm in baselines
+            for budget in study.budgets
+            for seed in study.seeds
+        ]
+    )
+    speed = measure_speed(
+        {arm.name: _quiet(recipes[arm.name], study) for arm in study.arms}, study.baseline
+    )
+    trainings = [*searched, *reported, *budgets]
     with lost_processes_named():
-        return on_main(lambda: _report(recipe, variants, seeds, command, results, folders))
+        return on_main(lambda: _report(study, command, trainings, choices, speed))
+
+
+def _train(planned: list[tuple[Arm, str, Recipe, int]]) -> list[Training]:
+    recipes = [dataclasses.replace(recipe, seed=seed) for _, _, recipe, seed in planned]
+    results = train_all(recipes)
+    return [
+        Training(arm, purpose, recipe, result)
+        for (arm, purpose, _, _), recipe, result in zip(planned, recipes, results, strict=True)
+    ]
+
+
+def _searching(study: Study) -> list[Arm]:
+    return [arm for arm in study.arms if study.searches and "lr" not in arm.fields]
+
+
+def _at_rate(study: Study, arm: Arm, rate: float) -> Recipe:
+    recipe = study.recipe_of(arm)
+    return dataclasses.replace(recipe, lr=rate, name=f"{recipe.name}/lr-{rate:g}")
+
+
+def _choice(arm: Arm, searched: list[Training]) -> Choice:
+    losses: dict[float, list[float]] = {}
+    for training in searched:
+        if training.arm == arm:
+            losses.setdefault(training.recipe.lr, []).append(training.losses["val_loss"])
+    return choose(arm.name, losses)
+
+
+def _chosen(study: Study, arm: Arm, choice: Choice | None) -> Recipe:
+    return _at_rate(study, arm, choice.rate) if choice else study.recipe_of(arm)
+
+
+def _with_budget(recipe: Recipe, tokens: int) -> Recipe:
+    """The recipe with a whole schedule of so many tokens; its warm-up stays as long as it is."""
+    steps = round(tokens / (recipe.batch_size * recipe.seq_len))
+    name = f"{recipe.name}/tokens-{steps * recipe.batch_size * recipe.seq_len}"
+    return dataclasses.replace(recipe, steps=steps, name=name)
+
+
+def _quiet(recipe: Recipe, study: Study) -> Recipe:
+    return dataclasses.replace(recipe, seed=study.seeds[0], trackers="none")
 
 
 def _report(
-    recipe: Recipe,
-    variants: list[str],
-    seeds: list[int],
+    study: Study,
     command: str,
-    results: list[RunResult],
-    folders: dict[tuple[str, int], Path],
+    trainings: list[Training],
+    choices: dict[str, Choice],
+    speed: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Summarise the results, write the report and print the table."""
-    out = Path(recipe.out)
-    context = {"command": command, **made_with(results), "recipe": _shared_fields(recipe)}
-    baseline = BASELINE if BASELINE in variants else None
-    summary = summarise(results, folders, out, baseline, context)
-    curves = {
-        variant: {seed: read_metrics(folders[variant, seed] / "metrics.jsonl") for seed in seeds}
-        for variant in variants
+    """Summarise the trainings, write the report and print the table."""
+    out = Path(study.recipe.out)
+    context = {
+        "command": command,
+        **made_with([training.result for training in trainings]),
+        "recipe": _shared_fields(study.recipe),
     }
-    (out / "summary.json").write_text(
-        json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    rows = [_row(training, out) for training in trainings]
+    summary = summarise(study, trainings, choices, speed, rows, context)
+    write_json_atomically(out / "summary.json", summary)
+    _write_csv(study, trainings, rows, out / "runs.csv")
+    curves: dict[str, dict[int, Any]] = {arm.name: {} for arm in study.arms}
+    for training in trainings:
+        if training.purpose == REPORTED:
+            found = read_metrics(training.recipe.run_folder / "metrics.jsonl")
+            curves[training.arm.name][training.recipe.seed] = found
     write_report(summary, curves, out)
     print_table(summary)
     print(f"\nreport: {out / 'report.html'}")
     return summary
+
+
+def _row(training: Training, out: Path) -> dict[str, Any]:
+    """What summary.json and runs.csv say of one training."""
+    recipe, result = training.recipe, training.result
+    return {
+        "arm": training.arm.name,
+        "purpose": training.purpose,
+        "seed": recipe.seed,
+        "lr": recipe.lr,
+        "path": recipe.run_folder.relative_to(out).as_posix(),
+        "val_loss": result.val_loss,
+        "test_loss": result.test_loss,
+        "tokens": result.tokens,
+        "flops": result.tokens * result.flops_per_token,
+        "train_seconds": result.train_seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "hardware": result.hardware,
+        "commit": result.commit,
+        "diverged": result.diverged,
+    }
+
+
+def _write_csv(
+    study: Study, trainings: list[Training], rows: list[dict[str, Any]], path: Path
+) -> None:
+    """A row a training: the row of summary.json, and every field in which arms differ."""
+    fields = dict.fromkeys(chain(*(arm.fields for arm in study.arms)))
+    lines = []
+    for training, row in zip(trainings, rows, strict=True):
+        values = dataclasses.asdict(training.recipe)
+        own = {name: training.arm.fields.get(name, values.get(name, "")) for name in fields}
+        lines.append({**{name: own[name] for name in fields if name not in row}, **row})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomically(path, text.getvalue().encode())
 
 
 def made_with(results: list[RunResult]) -> dict[str, Any]:
@@ -101,21 +201,8 @@ def made_with(results: list[RunResult]) -> dict[str, Any]:
     }
 
 
-def _check_choices(variants: list[str], seeds: list[int]) -> None:
-    if not variants or not seeds:
-        raise UserError("compare needs at least one variant and one seed")
-    for variant in variants:
-        try:
-            lookup("variant", variant, VARIANTS)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    for name, chosen in (("variants", variants), ("seeds", seeds)):
-        if len(set(chosen)) != len(chosen):
-            raise UserError(f"{name} has repeats: {', '.join(map(str, chosen))}")
-
-
 def _shared_fields(recipe: Recipe) -> dict[str, Any]:
     fields = dataclasses.asdict(recipe)
-    for name in ("variant", "seed", "out", "resume"):
+    for name in ("variant", "seed", "out", "name", "resume"):
         del fields[name]
     return fields

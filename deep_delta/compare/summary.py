@@ -1,97 +1,160 @@
-"""From the results of runs to the summary that table, report and summary.json share."""
+"""From the trainings of a comparison to the summary that table, report and summary.json share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from deep_delta.compare.costs import cost
+from deep_delta.compare.rates import Choice
 from deep_delta.compare.statistics import judge, mean_and_spread
-from deep_delta.train import RunResult
+from deep_delta.compare.study import Study
+from deep_delta.compare.training import RATE, REPORTED, Training
 
+SCHEMA = 3
 LEVEL = 0.95
 
 
 def summarise(
-    results: list[RunResult],
-    folders: Mapping[tuple[str, int], Path],
-    out: Path,
-    baseline: str | None,
+    study: Study,
+    trainings: Sequence[Training],
+    choices: Mapping[str, Choice],
+    speed: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]],
     context: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The summary of a comparison, ready for JSON.
+    """The summary of a comparison, ready for JSON; docs/comparing.md has every key.
 
-    A variant's loss is mean and sample standard deviation over its seeds, its perplexity the
-    exponential of that mean. A run that diverged has val_loss None; its variant then has no mean,
-    spread and perplexity. "contrasts" are the fields of `Contrast`, one for each variant against
-    the baseline, "residual" those of `Judgement` that say how large residuals are.
+    Contrasts, perplexities and costs are of the test text if every run has such a loss, else of
+    the validation text. A run that diverged has no loss; its arm then has no mean and spread.
     """
-    by_variant: dict[str, list[RunResult]] = {}
-    for result in results:
-        by_variant.setdefault(result.variant, []).append(result)
-    losses = {variant: _losses(runs) for variant, runs in by_variant.items()}
-    others = [variant for variant in by_variant if variant != baseline]
-    pairs = [(variant, baseline) for variant in others] if baseline else []
-    judgement = judge(losses, pairs, LEVEL)
-    return {
-        "schema": 2,
+    reported = [training for training in trainings if training.purpose == REPORTED]
+    steady = [training for training in reported if not training.result.diverged]
+    tested = bool(steady) and all(run.result.test_loss is not None for run in steady)
+    judged_on = "test_loss" if tested else "val_loss"
+    losses = {
+        arm.name: {
+            run.recipe.seed: run.losses[judged_on] for run in reported if run.arm.name == arm.name
+        }
+        for arm in study.arms
+    }
+    judgement = judge(losses, study.pairs, LEVEL)
+    by_arm = {arm.name: [run for run in reported if run.arm.name == arm.name] for arm in study.arms}
+    curve = _curve(study, trainings, judged_on)
+    summary = {
+        "schema": SCHEMA,
         **context,
-        "baseline": baseline,
+        "baseline": study.baseline,
         "level": LEVEL,
+        "judged_on": judged_on,
         "residual": {
             "deviation": judgement.residual_deviation,
             "degrees_of_freedom": judgement.degrees_of_freedom,
         },
-        "contrasts": [
-            {name: _for_json(value) for name, value in asdict(contrast).items()}
-            for contrast in judgement.contrasts
-        ],
-        "variants": [_variant(runs) for runs in by_variant.values()],
-        "runs": [
+        "contrasts": [asdict(contrast) for contrast in judgement.contrasts],
+        "arms": [_arm(runs, choices.get(name), judged_on) for name, runs in by_arm.items()],
+        "rates": [
             {
-                "variant": run.variant,
-                "seed": run.seed,
-                "path": str(folders[run.variant, run.seed].relative_to(out)),
-                "val_loss": run.val_loss,
-                "train_seconds": run.train_seconds,
-                "tokens": run.tokens,
-                "tokens_per_s": run.tokens_per_s,
-                "peak_memory_bytes": run.peak_memory_bytes,
+                "arm": name,
+                "lr": rate,
+                "n": choice.runs // len(choice.tried),
+                "val_loss": loss,
+                "chosen": rate == choice.rate,
             }
-            for run in results
+            for name, choice in choices.items()
+            for rate, loss in choice.tried.items()
         ],
+        "curve": curve,
+        "speed": speed,
+        "runs": rows,
     }
+    summary["costs"] = _costs(summary, by_arm)
+    return _for_json(summary)
 
 
-def _variant(runs: list[RunResult]) -> dict[str, Any]:
-    first = runs[0]
-    mean, spread = mean_and_spread(list(_losses(runs).values()))
+def _arm(runs: Sequence[Training], choice: Choice | None, judged_on: str) -> dict[str, Any]:
+    first, results = runs[0], [run.result for run in runs]
+    losses = {
+        name: _spread([run.losses[name] for run in runs]) for name in ("val_loss", "test_loss")
+    }
+    untested = all(result.test_loss is None for result in results)
     return {
-        "variant": first.variant,
-        "parameters": first.parameters,
-        "flops_per_token": first.flops_per_token,
-        "tokens_per_s": fmean(run.tokens_per_s for run in runs),
-        "hardware": sorted({run.hardware or "unknown hardware" for run in runs}),
+        "arm": first.arm.name,
+        "fields": dict(first.arm.fields),
+        "parameters": first.result.parameters,
+        "flops_per_token": first.result.flops_per_token,
+        "lr": first.recipe.lr,
+        "edge": choice.edge if choice else None,
+        "tries": choice.runs if choice else 0,
+        "val_loss": losses["val_loss"],
+        "test_loss": None if untested else losses["test_loss"],
+        "perplexity": _perplexity(losses[judged_on]["mean"]),
+        "tokens_per_s": fmean(result.tokens_per_s for result in results),
+        "hardware": sorted({result.hardware or "unknown hardware" for result in results}),
         # The median: on a CPU the first run of a process also pays for what libraries load.
-        "peak_memory_bytes": int(median(run.peak_memory_bytes for run in runs)),
-        "val_loss": {"mean": _for_json(mean), "spread": spread, "n": len(runs)},
-        "perplexity": _for_json(_exp(mean)),
+        "peak_memory_bytes": int(median(result.peak_memory_bytes for result in results)),
     }
 
 
-def _exp(loss: float) -> float:
-    """e to the loss, and infinity for what is no loss of a language model any more."""
+def _curve(study: Study, trainings: Sequence[Training], judged_on: str) -> list[dict[str, Any]]:
+    """The baseline's loss after schedules of several lengths, its own among them."""
+    if not study.budgets:
+        return []
+    by_length: dict[int, list[float]] = {}
+    for training in trainings:
+        if training.arm.name == study.baseline and training.purpose != RATE:
+            tokens = training.recipe.steps * training.recipe.batch_size * training.recipe.seq_len
+            by_length.setdefault(tokens, []).append(training.losses[judged_on])
+    return [
+        {"tokens": tokens, "loss": fmean(losses), "n": len(losses)}
+        for tokens, losses in sorted(by_length.items())
+    ]
+
+
+def _costs(
+    summary: Mapping[str, Any], by_arm: Mapping[str, Sequence[Training]]
+) -> list[dict[str, Any]]:
+    curve = {
+        point["tokens"]: point["loss"] for point in summary["curve"] if math.isfinite(point["loss"])
+    }
+    if len(curve) < 2:
+        return []
+    entries = {entry["arm"]: entry for entry in summary["arms"]}
+    own = entries[summary["baseline"]]["flops_per_token"]
+    speeds = (summary["speed"] or {}).get("arms", {})
+    return [
+        asdict(
+            cost(
+                name,
+                entry[summary["judged_on"]]["mean"],
+                by_arm[name][0].result.tokens,
+                curve,
+                entry["flops_per_token"] / own,
+                speeds.get(name, {}).get("ratio"),
+            )
+        )
+        for name, entry in entries.items()
+        if name != summary["baseline"] and math.isfinite(entry[summary["judged_on"]]["mean"])
+    ]
+
+
+def _spread(losses: Sequence[float]) -> dict[str, Any]:
+    mean, spread = mean_and_spread(losses)
+    return {"mean": mean, "spread": spread, "n": len(losses)}
+
+
+def _perplexity(loss: float) -> float:
     try:
         return math.exp(loss)
     except OverflowError:
         return math.inf
 
 
-def _losses(runs: list[RunResult]) -> dict[int, float]:
-    return {run.seed: math.nan if run.val_loss is None else run.val_loss for run in runs}
-
-
 def _for_json(value: Any) -> Any:
     """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _for_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
