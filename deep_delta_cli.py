@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from deep_delta_options import COMPARE, COMPARE_REPEATED, make_parser
 
 COMPARE_DEFAULTS = {"out": "runs/compare", "trackers": "none"}  # its report has the curves
-COMPARE_DECIDES = ("variant", "seed", "name", "resume")  # fields of a recipe that compare sets
+# Fields of a recipe that compare sets itself.
+COMPARE_DECIDES = ("variant", "seed", "name", "resume", "init")
 SIGNALLED = 128  # plus its number: what a shell expects of a program that a signal ended
 INTERRUPTED = SIGNALLED + 2  # Ctrl-C
 
@@ -119,10 +120,18 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if not options.recipes:
         raise UserError("train needs a recipe: ddl train tiny, or RECIPE.yaml [--field value ...]")
     _need("train", "accelerate", "psutil", "yaml")
-    from deep_delta.train import Interrupted, load_recipe, merge, parse_overrides, train
+    from deep_delta.train import (
+        Interrupted,
+        load_recipe,
+        merge,
+        parse_overrides,
+        resolved,
+        train,
+    )
     from deep_delta.train.processes import is_main, leave
 
-    recipe = merge(load_recipe(*options.recipes), parse_overrides(rest))
+    said = parse_overrides(rest)
+    recipe = resolved(merge(load_recipe(*options.recipes), said), said)
     try:
         train(recipe)
     except Interrupted as stop:

@@ -1,8 +1,9 @@
 """A folder that `save_pretrained` or `ddl train` wrote: checked, and its model loaded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +18,7 @@ from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 
 CONFIG_NAME = "config.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+T = TypeVar("T")
 
 
 def load_model(folder: Path, **changes: Any) -> DeepDeltaForCausalLM:
@@ -26,12 +28,27 @@ def load_model(folder: Path, **changes: Any) -> DeepDeltaForCausalLM:
     Errors: UserError for a folder that is missing, no checkpoint, of another model family, or
     whose weights are missing, damaged or do not fit its config.json.
     """
+    model = _load(DeepDeltaForCausalLM.from_pretrained, folder, changes)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_config(folder: Path, **changes: Any) -> DeepDeltaConfig:
+    """A checkpoint's configuration, with fields changed; UserError as `load_model` raises it."""
+    return _load(DeepDeltaConfig.from_pretrained, folder, changes)
+
+
+def _load(load: Callable[..., T], folder: Path, changes: dict[str, Any]) -> T:
     check_folder(folder)
     try:
-        model = DeepDeltaForCausalLM.from_pretrained(folder, **changes)
+        return load(folder, **changes)
     except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
         raise UserError(f"can't load {folder}: {one_line(error)}") from error
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """The hash of each weights file of a checkpoint, by name."""
+    files = [path for pattern in WEIGHTS for path in sorted(folder.glob(pattern))]
+    return {path.name: sha256_of(path) for path in files}
 
 
 def check_fits(folder: Path, model: DeepDeltaForCausalLM, shards: TokenShards) -> Tokenizer:

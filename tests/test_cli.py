@@ -93,7 +93,8 @@ def test_help_explains_every_field(ddl, command):
     expected = {f"--{name}" for name in vars(train_module.Recipe())}
     if command == "compare":
         # What it refuses, it does not offer.
-        expected = expected - {"--variant", "--seed", "--resume"} | {"--variants", "--seeds"}
+        expected = expected - {"--variant", "--seed", "--resume", "--init"}
+        expected |= {"--variants", "--seeds"}
     assert shown == expected
     if command == "train":
         assert "budgets/1b" in lines[-2]
@@ -234,7 +235,7 @@ def test_damaged_data_is_one_line(refused, here, cli_data, command, damage, expe
     ("words", "expected"),
     [
         ("--model.vocab_size 100", "vocabulary of 100"),
-        ("--resume empty", "empty is not a whole checkpoint"),
+        ("--resume empty", "empty is not named checkpoint-STEP"),
         ("--resume nowhere", "there is no checkpoint folder nowhere"),
         ("--batch_size 4 --micro_batch_size 3", "micro_batch_size"),
         ("--out recipe.yaml", "recipe.yaml"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from deep_delta.checkpoint import WEIGHTS, load_model
+from deep_delta.checkpoint import load_model, weights_sha256
 from deep_delta.data.files import sha256_of
 from deep_delta.data.texts import one_line
 from deep_delta.data.tokenizer import TOKENIZER_NAME
@@ -57,10 +57,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         model,
         variant_of(model.config) or CUSTOM,
         size_of(model.config) or CUSTOM,
-        weights_sha256={
-            path.name: sha256_of(path)
-            for pattern in WEIGHTS
-            for path in sorted(folder.glob(pattern))
-        },
+        weights_sha256=weights_sha256(folder),
         tokenizer_sha256=sha256_of(tokenizer) if tokenizer.is_file() else None,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import warnings
 from collections.abc import Iterable
@@ -17,7 +18,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from deep_delta.model.config_keys import VERSION_KEY, check_complete, near_miss
-from deep_delta.model.presets import preset_fields
+from deep_delta.model.presets import (
+    PARAMETERIZATIONS,
+    SIZES,
+    VARIANTS,
+    preset_fields,
+    size_of,
+    variant_of,
+)
 from deep_delta.ops import resolve_backend
 from deep_delta.version import __version__
 
@@ -261,6 +269,31 @@ class DeepDeltaConfig(PreTrainedConfig):
             return cls(**{**preset_fields(variant, size, parameterization), **overrides})
         except StrictDataclassError as error:  # two lines, of which the second says it
             raise ValueError(str(error).splitlines()[-1].partition(": ")[2]) from None
+
+    def as_preset(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `from_preset` takes to give this configuration: the three names, and overrides.
+
+        A combination that has no name gets the names that leave the fewest overrides.
+        """
+        variant, size = variant_of(self), size_of(self)
+        options = itertools.product(
+            [variant] if variant else VARIANTS, [size] if size else SIZES, PARAMETERIZATIONS
+        )
+        kinds = ("variant", "size", "parameterization")
+        found: list[dict[str, Any]] = [dict(zip(kinds, each, strict=True)) for each in options]
+        names = min(found, key=lambda names: len(self.changes_from(self.from_preset(**names))))
+        overrides = self.changes_from(self.from_preset(**names))
+        # A field that follows from another one does so from the overridden one now.
+        return names, overrides | self.changes_from(self.from_preset(**names, **overrides))
+
+    def changes_from(self, other: "DeepDeltaConfig") -> dict[str, Any]:
+        """The fields, with this configuration's values, in which it differs from another one."""
+        return {
+            name: getattr(self, name)
+            for name in _own_fields()
+            # The layers' types follow from the rest.
+            if name != "layer_types" and getattr(self, name) != getattr(other, name)
+        }
 
 
 # What every configuration of transformers takes beside its fields.

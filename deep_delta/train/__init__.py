@@ -2,8 +2,9 @@
 
 from deep_delta.train.folder import Diverged, RunResult, read_result
 from deep_delta.train.metrics import read_metrics
+from deep_delta.train.model import model_config, resolved
 from deep_delta.train.recipe import Recipe, load_recipe, make_recipe, merge, parse_overrides
-from deep_delta.train.run import Interrupted, model_config, train
+from deep_delta.train.run import Interrupted, train
 
 __all__ = [
     "Diverged",
@@ -17,5 +18,6 @@ __all__ = [
     "parse_overrides",
     "read_metrics",
     "read_result",
+    "resolved",
     "train",
 ]

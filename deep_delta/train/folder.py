@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from deep_delta.checkpoint import weights_sha256
 from deep_delta.data import Manifest, TokenShards
 from deep_delta.data.files import publish_folder, write_json_atomically
 from deep_delta.errors import UserError
@@ -129,7 +130,7 @@ def prepare_folder(
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(aside)  # nothing is lost by starting over
-    identity = _data_identity(data, test)
+    identity = _identity(recipe, data, test)
     if folder.exists():
         shutil.rmtree(folder / STAGE, ignore_errors=True)
     newest, finished = newest_whole(folder), (folder / RESULT).is_file()
@@ -143,7 +144,10 @@ def prepare_folder(
             raise UserError(f"{folder} is finished: choose another --out to go on from {start}")
     if begun:  # else there is nothing that other choices spoil
         changed = recipe.differences(begun)
-        if identity != json.loads((folder / DATA).read_text(encoding="utf-8")):
+        before = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        if identity.get("init") != before.get("init") and recipe.init == begun.init:
+            changed.append(f"other weights in {recipe.init}")
+        if {**identity, "init": None} != {**before, "init": None}:
             changed.append(f"other data in {recipe.data}")
         if changed:
             raise UserError(
@@ -163,36 +167,51 @@ def prepare_folder(
     return begins_at
 
 
-def _data_identity(data: Manifest, test: TokenShards | None) -> dict[str, list[str]]:
-    """What tells one prepared folder from another, wherever it lies: its hashes."""
-    shards = {name: [s.sha256 for s in data.splits[name].shards] for name in ("train", "val")}
+def _identity(recipe: Recipe, data: Manifest, test: TokenShards | None) -> dict[str, list[str]]:
+    """What tells prepared data, and the weights of `init`, from others by the same path: hashes."""
+    hashes = {name: [s.sha256 for s in data.splits[name].shards] for name in ("train", "val")}
     if test is not None:
-        shards["test"] = test.sha256
-    return {"tokenizer": [data.tokenizer_sha256], **shards}
+        hashes["test"] = test.sha256
+    if recipe.init is not None:
+        hashes["init"] = list(weights_sha256(Path(recipe.init)).values())
+    return {"tokenizer": [data.tokenizer_sha256], **hashes}
 
 
 def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig) -> None:
     """UserError unless the folder is a checkpoint of this model that this recipe can go on from."""
     if not checkpoint.is_dir():
         raise UserError(f"there is no checkpoint folder {checkpoint}")
+    step = step_of(checkpoint)
+    if step is None:
+        raise UserError(
+            f"{checkpoint} is not named checkpoint-STEP, as what a run goes on from is: a new run "
+            f"begins with the weights of a model there by --init {checkpoint}"
+        )
     wrong = fault(checkpoint)
     if wrong is not None:
         raise UserError(f"{checkpoint} is not a whole checkpoint: {wrong}")
-    step = step_of(checkpoint)
-    if step is None:
-        raise UserError(f"{checkpoint} is not named checkpoint-STEP")
     if step >= recipe.steps:
         raise UserError(f"{checkpoint} has no step left to train of the recipe's {recipe.steps}")
     origin = checkpoint.resolve().parent / RECIPE
-    if origin.is_file():
-        before = load_recipe(origin)
-        sizes = [(r.batch_size, r.seq_len) for r in (before, recipe)]
-        if sizes[0] != sizes[1]:  # a step is a place in the data
-            old, new = (f"{batch} × {length}" for batch, length in sizes)
-            raise UserError(
-                f"{checkpoint} is of batches of {old} tokens, the recipe's are {new}: keep "
-                "batch_size and seq_len, or its place in the data would be another"
-            )
+    if not origin.is_file():
+        raise UserError(
+            f"{checkpoint} has no {RECIPE} of its run beside it, so that batch_size and seq_len "
+            f"are not known, nor its place in the data: put it there, or begin a new run with its "
+            f"weights by --init {checkpoint}"
+        )
+    before = load_recipe(origin)
+    sizes = [(r.batch_size, r.seq_len) for r in (before, recipe)]
+    if sizes[0] != sizes[1]:  # a step is a place in the data
+        old, new = (f"{batch} × {length}" for batch, length in sizes)
+        raise UserError(
+            f"{checkpoint} is of batches of {old} tokens, the recipe's are {new}: keep "
+            "batch_size and seq_len, or its place in the data would be another"
+        )
+    if recipe.init not in (None, before.init):
+        raise UserError(
+            f"{checkpoint} is of a run that did not begin with {recipe.init}: give --init or "
+            "--resume, not both"
+        )
     theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string(use_diff=False))
     skip = {"dtype", "architectures", "transformers_version", "use_cache", *REORDERS_SUMS}

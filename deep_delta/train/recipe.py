@@ -114,6 +114,12 @@ class Recipe:
         default=None, metadata={"help": "steps between checkpoints; default: only the final model"}
     )
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints to keep"})
+    init: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder of a checkpoint: its model and weights, a new optimizer and schedule"
+        },
+    )
     resume: str = field(
         default="auto",
         metadata={"help": "auto (newest checkpoint), never (start over), or a path to start from"},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # else the first optimizer step loads it, in somebody's timing
-from safetensors.torch import load_model
+from safetensors.torch import load_model as load_weights
 from torch import nn
 from transformers import set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -36,6 +36,7 @@ from deep_delta.train.folder import (
 )
 from deep_delta.train.loop import Loop
 from deep_delta.train.metrics import Metrics
+from deep_delta.train.model import first_model, model_config, resolved
 from deep_delta.train.processes import (
     is_main,
     lost_processes_named,
@@ -62,10 +63,11 @@ class Interrupted(Exception):
 def train(recipe: Recipe) -> RunResult:
     """Train by the recipe, or take up the run in its folder; returns the result.
 
-    Leaves recipe.yaml, data.json (the data's hashes), weight_decay.json, metrics.jsonl, result.json
-    and final/ (a checkpoint with tokenizer that `from_pretrained` loads) in `recipe.run_folder`,
-    and what the trackers write there. Called in several processes (torchrun), all train the one
-    model; the first writes the folder, which all must see, and all return its result.
+    Leaves recipe.yaml, data.json (the hashes of the data, and of the weights of `init`),
+    weight_decay.json, metrics.jsonl, result.json and final/ (a checkpoint with tokenizer that
+    `from_pretrained` loads) in `resolved(recipe).run_folder`, and what the trackers write there.
+    Called in several processes (torchrun), all train the one model; the first writes the folder,
+    which all must see, and all return its result.
 
     Raises:
         UserError: data, recipe, run folder or trackers that do not fit, in one line.
@@ -73,6 +75,7 @@ def train(recipe: Recipe) -> RunResult:
         Interrupted: after Ctrl-C or SIGTERM; the same call goes on from the checkpoint.
         LostProcess: another process ended; the same call goes on from the newest checkpoint.
     """
+    recipe = resolved(recipe)
     # Trackers close last, when all is saved: W&B waits for the network then, as long as it takes.
     with (
         lost_processes_named(),
@@ -88,6 +91,7 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
     loss = _loss(recipe, devices.device)
     data_folder = on_main(lambda: _data_folder(recipe))
     train_data, val_data, test_data = _datasets(recipe, data_folder, config)
+    initial = on_each(lambda: first_model(recipe, config, train_data.shards))
     on_main(hold.take)
     test_shards = None if test_data is None else test_data.shards
     manifest = train_data.shards.manifest
@@ -104,7 +108,10 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
         start = 0 if checkpoint is None else step_of(checkpoint) or 0
         model = DeepDeltaForCausalLM(config)
         if checkpoint is not None:
-            load_model(model, checkpoint / SAFE_WEIGHTS_NAME)
+            load_weights(model, checkpoint / SAFE_WEIGHTS_NAME)
+        elif initial is not None:
+            model.load_state_dict(initial.state_dict())
+        del initial  # a GPU needs its place
         nn.Module.to(model, devices.device)  # else FSDP2 would do so only after the warm-up
         on_main(lambda: check_disk(folder, model, recipe))
         model.linear_cross_entropy = loss
@@ -178,22 +185,6 @@ def _loss(recipe: Recipe, device: torch.device) -> LinearCrossEntropy:
         return resolve_loss(recipe.loss, device)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def model_config(recipe: Recipe) -> DeepDeltaConfig:
-    """The model's configuration; its ValueErrors become UserErrors."""
-    try:
-        config = DeepDeltaConfig.from_preset(
-            recipe.variant,
-            recipe.size,
-            parameterization=recipe.parameterization,
-            **recipe.model,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if recipe.seq_len > config.max_position_embeddings:
-        config.max_position_embeddings = recipe.seq_len
-    return config
 
 
 def _data_folder(recipe: Recipe) -> Path:

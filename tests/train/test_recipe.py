@@ -25,6 +25,7 @@ def test_every_field_survives_a_round_trip_through_yaml(tmp_path):
         "precision": "bf16", "gradient_checkpointing": True, "resume": "never",
         "compile": True, "loss": "liger", "parallel": "fsdp2", "trackers": "none",
         "cuda_graphs": True, "name": "my/name", "test_data": "my test_data",
+        "init": "runs/x/final",
     }  # fmt: skip
     for field in dataclasses.fields(Recipe):
         if field.name in changed:
