@@ -93,8 +93,9 @@ def test_help_explains_every_field(ddl, command):
     expected = {f"--{name}" for name in vars(train_module.Recipe())}
     if command == "compare":
         # What it refuses, it does not offer.
-        expected = expected - {"--variant", "--seed", "--resume", "--init"}
-        expected |= {"--variants", "--seeds"}
+        expected -= {"--variant", "--seed", "--resume", "--init", "--name"}
+        expected |= {"--variants", "--arm", "--baseline", "--contrast", "--rate-seeds", "--seeds"}
+        expected |= {"--budgets"}
     assert shown == expected
     if command == "train":
         assert "budgets/1b" in lines[-2]

@@ -20,6 +20,8 @@ DEFAULT_ARMS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl
 DEFAULT_SEEDS = (0, 1, 2)
 DEFAULT_BASELINE = "additive"
 DEFAULT_RATE_SEED = 1000  # far from the seeds that people report
+# Fields of a recipe that a comparison decides, or its arms do.
+DECIDED = ("variant", "seed", "resume", "name", "init")
 # Of a study's YAML file, beside fields of a recipe. `lr` may be a list there.
 STUDY_KEYS = (
     "arms", "variants", "baseline", "contrasts", "lr", "rate_seeds", "seeds", "budgets",
@@ -156,10 +158,11 @@ def read_study(
         keys = [key for key in STUDY_KEYS if key in own and (key != "lr" or _is_list(own[key]))]
         given |= {key: own.pop(key) for key in keys}
         values = merged_fields(values, own, str(file))
-    for key in ("seed", "resume", "name", "init"):
-        values.pop(key, None)  # a recipe for training has its own
+    for key in DECIDED:
         if key in overrides:
-            raise UserError(f"compare takes no --{key}: it is about arms and seeds")
+            raise UserError(f"compare takes no --{key}: say --arm, --variants and --seeds")
+        if key != "variant":
+            values.pop(key, None)  # a recipe for training has its own
     given |= {key: value for key, value in options.items() if value is not None}
     recipe = merge(make_recipe(values), overrides)
     return make_study(recipe, given)

@@ -146,7 +146,7 @@ def test_a_fields_default_is_the_comparisons_own():
     assert not asked.searches
 
 
-@pytest.mark.parametrize("name", ["seed", "resume", "name", "init"])
+@pytest.mark.parametrize("name", ["variant", "seed", "resume", "name", "init"])
 def test_what_a_comparison_decides_is_no_option(name):
     with pytest.raises(UserError, match=f"compare takes no --{name}"):
         read_study([], {}, {name: "1"}, COMPARE_DEFAULTS)
