@@ -27,7 +27,7 @@ MARKER_SIZE = 4.5
 CHARACTER = 0.6 * FONT_SIZE / 72  # inches: a generous mean width, so that labels are never cut
 LINE = 1.45 * FONT_SIZE / 72  # inches from one line of text to the next
 
-_LEFT, _RIGHT = 0.66, 0.14  # inches beside the axes
+_LEFT, _RIGHT = 0.74, 0.14  # inches beside the axes
 _X_LABEL, _LEGEND_HEIGHT = 0.62, 0.42  # inches below and above the axes
 _SAMPLE = (0.12, 0.5)  # inches: where a key's piece of line begins and ends
 _KEY_LEFT = 0.62  # inches: where its text begins

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_AXES_WIDTH = 3.6  # inches, of a keyed figure
+_AXES_WIDTH = 3.5  # inches, of a keyed figure
 
 
 @in_house_style
