@@ -1,4 +1,4 @@
-"""Results of a comparison as a printed table, PNG charts and one self-contained HTML page.
+"""Results of a comparison as printed tables, PNG charts and one self-contained HTML page.
 
 Importing this package imports neither numpy nor matplotlib nor rich: each name is looked up in its
 module on first use.
@@ -8,17 +8,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from deep_delta.report.comparison import markdown_table as markdown_table
+    from deep_delta.report.comparison import print_table as print_table
+    from deep_delta.report.comparison import tables as tables
     from deep_delta.report.html import write_report as write_report
-    from deep_delta.report.table import conclusions as conclusions
-    from deep_delta.report.table import markdown_table as markdown_table
-    from deep_delta.report.table import print_table as print_table
-    from deep_delta.report.table import summary_rows as summary_rows
+    from deep_delta.report.sentences import conclusions as conclusions
 
 _MODULES = {
-    "conclusions": "table",
-    "markdown_table": "table",
-    "print_table": "table",
-    "summary_rows": "table",
+    "conclusions": "sentences",
+    "markdown_table": "comparison",
+    "print_table": "comparison",
+    "tables": "comparison",
     "write_report": "html",
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deep_delta.report.curves import spread_apart
-from deep_delta.report.plots import FONT_SIZE, MARKER_SIZE, SMALL_SIZE, WIDTH
+from deep_delta.report.plots import FONT_SIZE, MARKER_SIZE, SMALL_SIZE
 from deep_delta.report.render import in_house_style, new_figure
 from deep_delta.report.style import DASHED, DOTTED, INK, SOLID, Dash, variant_style
 
@@ -25,6 +25,7 @@ COLOURS = tuple(
 DASHES: tuple[Dash, ...] = (SOLID, DASHED, DOTTED)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
+WIDTH = 6.6  # inches; the report shows it up to about twice that
 _CHARACTER = 0.6 * FONT_SIZE / 72  # inches
 _LINE = 1.45 * FONT_SIZE / 72
 _STRONGEST = 0.75  # opacity of a full cell: text on it stays legible, in the dark too

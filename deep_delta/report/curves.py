@@ -11,7 +11,7 @@ from deep_delta.report.numbers import is_finite
 
 Row = Mapping[str, Any]
 Curves = Mapping[str, Mapping[int, Sequence[Row]]]
-Axis = Literal["tokens", "seconds"]
+Axis = Literal["tokens", "flops", "seconds"]
 Array = NDArray[np.float64]
 
 SMOOTHED_POINTS = 300

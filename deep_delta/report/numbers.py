@@ -9,7 +9,7 @@ TIMES = "\u00d7"
 DIVERGED_CELL = "diverged"
 MISSING_CELL = "\u2013"
 
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def is_finite(value: float | None) -> bool:
@@ -69,6 +69,12 @@ def p_value(p: float) -> str:
     if p < 0.0001:
         return "p < 0.0001"
     return f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.{1 - math.floor(math.log10(p))}f}"
+
+
+def learning_rate(lr: float) -> str:
+    """``4e-3``, ``1.25e-4``: at most three digits and a power of ten."""
+    digits, exponent = f"{lr:.2e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def with_prefix(value: float) -> str:

@@ -12,7 +12,8 @@ _CSS = Template("""
     --good: #5ccfa8; --bad: #f0935c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  overflow-wrap: break-word; }
 main { max-width: 84rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .25rem; text-wrap: balance; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
@@ -33,10 +34,15 @@ th { font-weight: 600; }
 .words { text-align: left; }
 td.words { white-space: normal; min-width: 8rem; }
 th:first-child { padding-left: 0; position: sticky; left: 0; background: var(--back); }
+th.long { white-space: normal; overflow-wrap: anywhere; min-width: min(14rem, 35vw);
+  max-width: min(18rem, 40vw); }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; min-width: 30rem; max-width: 50rem; height: auto; }
 figure.narrow svg { min-width: 0; max-width: 34rem; }
+.charts { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figcaption { max-width: 46rem; margin-top: .4rem; }
+summary { cursor: pointer; margin: .6rem 0; }
 dt { font-weight: 600; margin-top: .6rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
+_LONG = 24  # characters: a longer head of a row wraps, so that it leaves room for its row
+
 
 def section(heading: str, content: str) -> str:
     """A heading (text) over ``content`` (HTML)."""
@@ -29,8 +31,9 @@ def table(
     """
 
     def cell(tag: str, name: str, text: str, scope: str = "") -> str:
-        words = ' class="words"' if name in text_columns else ""
-        return f"<{tag}{scope}{words}>{escape(text)}</{tag}>"
+        classes = ["words"] * (name in text_columns) + ["long"] * (len(text) > _LONG)
+        mark = f' class="{" ".join(classes)}"' if classes else ""
+        return f"<{tag}{scope}{mark}>{escape(text)}</{tag}>"
 
     head = "".join(cell("th", name, name, ' scope="col"') for name in names)
     body = ""
@@ -79,7 +82,7 @@ def provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def assignments(fields: Mapping[str, Any]) -> str:
     """``name = value``, one a line, as HTML."""
-    return "<br>".join(code(f"{name} = {_value(value)}") for name, value in fields.items())
+    return "<br>".join(code(f"{name} = {as_typed(value)}") for name, value in fields.items())
 
 
 def code(text: str) -> str:
@@ -87,5 +90,6 @@ def code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
 
 
-def _value(value: object) -> str:
+def as_typed(value: object) -> str:
+    """A recipe field's value as one would type it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)

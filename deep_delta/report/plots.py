@@ -1,85 +1,130 @@
-"""Charts from plain data: loss curves and a forest plot of contrasts.
+"""Charts of a comparison from plain data: its frame, and loss curves.
 
 Each function returns a matplotlib Figure that belongs to no global state;
-`deep_delta.report.render` saves it. matplotlib is imported on the first call.
+`deep_delta.report.render` saves it. matplotlib is imported on the first call. Charts are as wide
+as a phone, where their text is legible as it is: what does not fit into the axes stands in a key
+below them.
 """
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deep_delta.report import numbers
-from deep_delta.report.curves import (
-    Axis,
-    Curves,
-    SeedCurve,
-    diverged,
-    over_seeds,
-    smoothed,
-    spread_apart,
-)
+from deep_delta.report.curves import Axis, Curves, SeedCurve, diverged, over_seeds, smoothed
 from deep_delta.report.render import in_house_style, new_figure
-from deep_delta.report.style import INK, variant_style
+from deep_delta.report.style import INK, VariantStyle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 6.6  # inches; the report shows it up to about twice that
+PHONE_WIDTH = 4.4  # inches: legible at the width of a phone
 FONT_SIZE = 9.0  # points
 SMALL_SIZE = 7.5
 MARKER_SIZE = 4.5
-_LABEL_X = 1.05  # fraction of the axes' width
-_CHARACTER = 0.6 * FONT_SIZE / 72  # inches: a generous mean width, so that labels are never cut
-_LINE = 1.45 * FONT_SIZE / 72  # inches from one label to the next
+CHARACTER = 0.6 * FONT_SIZE / 72  # inches: a generous mean width, so that labels are never cut
+LINE = 1.45 * FONT_SIZE / 72  # inches from one line of text to the next
 
-# A training falls by several nats at first while the variants differ by hundredths: the view is
+_LEFT, _RIGHT = 0.74, 0.14  # inches beside the axes
+_X_LABEL, _LEGEND_HEIGHT = 0.62, 0.42  # inches below and above the axes
+_SAMPLE = (0.12, 0.5)  # inches: where a key's piece of line begins and ends
+_KEY_LEFT = 0.62  # inches: where its text begins
+_KEY_CHARACTERS = int((PHONE_WIDTH - _KEY_LEFT - 0.05) / CHARACTER)
+_AXES_HEIGHT = 2.7  # inches
+
+# A training falls by several nats at first while the arms differ by hundredths: the view is
 # scaled to what each line does after this share of its run, and the early fall leaves at the top.
 _VIEW_FROM = 0.4
 
-_KEY = "line: validation, mean over seeds; band: lowest to highest seed; faint: training, smoothed"
+_LEGEND = (
+    "line: validation, mean over seeds; band: lowest to\nhighest seed; faint: training, smoothed"
+)
+
+Styles = Mapping[str, VariantStyle]
+Key = Sequence[tuple[str, VariantStyle]]
+
+
+def wrapped(label: str, characters: int) -> list[str]:
+    """The lines of a label of any length; at least one."""
+    return textwrap.wrap(label, characters) or [""]
+
+
+def keyed_figure(key: Key, legend: str) -> "tuple[Figure, Axes]":
+    """A figure as wide as a phone with one axes, a legend (two lines) above and a key below.
+
+    The key has a piece of line with its marker for each (label, style), in this order.
+    """
+    from matplotlib.lines import Line2D
+
+    labels = [wrapped(label, _KEY_CHARACTERS) for label, _ in key]
+    at = LINE * sum(map(len, labels))  # inches from the bottom, falling
+    below = at + _X_LABEL
+    height = _AXES_HEIGHT + below + _LEGEND_HEIGHT
+    figure, axes = new_figure(PHONE_WIDTH, height, (_LEFT, _RIGHT, below, _LEGEND_HEIGHT))
+    axes.text(1.0, 1.02, legend, transform=axes.transAxes, ha="right", va="bottom", size=SMALL_SIZE)
+    for lines, (_, style) in zip(labels, key, strict=True):
+        middle = (at - LINE / 2) / height
+        start, end = (inches / PHONE_WIDTH for inches in _SAMPLE)
+        look: dict[str, Any] = {"color": style.colour, "transform": figure.transFigure}
+        dash: Any = style.dash  # matplotlib's types want the word itself
+        figure.add_artist(Line2D([start, end], [middle] * 2, linestyle=dash, **look))
+        figure.add_artist(
+            Line2D([(start + end) / 2], [middle], marker=style.marker, markersize=6, **look)
+        )
+        for line in lines:
+            figure.text(_KEY_LEFT / PHONE_WIDTH, (at - LINE / 2) / height, line, va="center")
+            at -= LINE
+    return figure, axes
 
 
 @in_house_style
-def loss_curves(curves: Curves, x: Axis) -> "Figure":
+def loss_curves(curves: Curves, x: Axis, styles: Styles) -> "Figure":
     """Validation loss (line, marker, min-max band over seeds) and faint smoothed training loss.
 
-    ``x`` is "tokens" or "seconds" (wall-clock training time). Each line is labelled at its end.
+    ``x`` is "tokens", "flops" or "seconds" (wall-clock training time), ``styles`` has one for
+    every arm of ``curves``. The key is in the order in which the lines end, with where they do.
     """
     validation = {name: over_seeds(runs, x, "val_loss") for name, runs in curves.items()}
-    labels = {
-        name: variant_style(name).label + (" (diverged)" if diverged(runs) else "")
-        for name, runs in curves.items()
-    }
-    right = 0.55 + _CHARACTER * max((len(label) for label in labels.values()), default=0)
-    below, above = 0.52, 0.3
-    plot_height = max(3.0, _LINE * len(labels))
-    figure, axes = new_figure(WIDTH, plot_height + below + above, (0.72, right, below, above))
     drawn = {name: curve for name, curve in validation.items() if len(curve.x)}
+    ends = {name: float(curve.mean[-1]) for name, curve in drawn.items()}
+    key = [
+        (_key_label(name, ends.get(name), diverged(curves[name])), styles[name])
+        for name in sorted(curves, key=lambda name: -ends.get(name, -math.inf))
+    ]
+    figure, axes = keyed_figure(key, _LEGEND)
     scale, unit = _x_unit(x, max((float(c.x.max()) for c in drawn.values()), default=0.0))
     axes.set_xlabel(unit)
     axes.set_ylabel("loss (nats/token)")
-    axes.text(0.0, 1.03, _KEY, transform=axes.transAxes, va="bottom", size=SMALL_SIZE, color=INK)
     if not drawn:
-        axes.text(0.5, 0.5, "no evaluation with a finite loss", ha="center", color=INK)
+        axes.text(
+            0.5, 0.5, "no evaluation with a finite loss", ha="center", transform=axes.transAxes
+        )
         return figure
     for name, curve in drawn.items():
-        _draw_training(axes, curves[name], x, scale, variant_style(name).colour)
-        _draw_validation(axes, name, curve, scale)
+        _draw_training(axes, curves[name], x, scale, styles[name].colour)
+        _draw_validation(axes, curve, scale, styles[name])
     _set_view(axes, list(drawn.values()), scale)
-    _label_ends(
-        axes, {labels[name]: (name, curve) for name, curve in drawn.items()}, scale, plot_height
-    )
     return figure
+
+
+def _key_label(name: str, end: float | None, has_diverged: bool) -> str:
+    last = "no finite evaluation" if end is None else f"{end:.4f}"
+    return f"{name}: {last}" + (" (diverged)" if has_diverged else "")
 
 
 def _x_unit(x: Axis, largest: float) -> tuple[float, str]:
     """Divisor and axis label that keep the tick labels short."""
     if x == "tokens":
-        steps = [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands")]
-        for size, word in steps:
+        for size, word in [(1e9, "billions"), (1e6, "millions"), (1e3, "thousands")]:
             if largest >= 2 * size:
                 return size, f"training tokens ({word})"
         return 1.0, "training tokens"
+    if x == "flops":
+        power = 3 * int(math.log10(largest) // 3) if largest >= 1000 else 0
+        raised = str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return 10.0**power, f"training FLOPs (10{raised})" if power else "training FLOPs"
     for size, word, least in [(3600.0, "hours", 3 * 3600.0), (60.0, "minutes", 600.0)]:
         if largest >= least:
             return size, f"wall-clock training time ({word})"
@@ -95,23 +140,18 @@ def _draw_training(
         axes.plot(xs, ys, color=colour, alpha=0.35, linewidth=0.8, zorder=1)
 
 
-def _draw_validation(axes: "Axes", name: str, curve: SeedCurve, scale: float) -> None:
-    style = variant_style(name)
+def _draw_validation(axes: "Axes", curve: SeedCurve, scale: float, style: VariantStyle) -> None:
     xs = curve.x / scale
+    look: dict[str, Any] = {"color": style.colour, "zorder": 3}
     axes.fill_between(
         xs, curve.low, curve.high, color=style.colour, alpha=0.18, linewidth=0, zorder=2
     )
     axes.plot(
-        xs,
-        curve.mean,
-        color=style.colour,
-        linestyle=style.dash,
-        linewidth=1.6,
-        marker=style.marker,
-        markersize=MARKER_SIZE,
-        markevery=max(1, len(xs) // 12),
-        zorder=3,
-    )
+        xs, curve.mean, linestyle=style.dash, linewidth=1.6, marker=style.marker,
+        markersize=MARKER_SIZE, markevery=max(1, len(xs) // 12), **look,
+    )  # fmt: skip
+    # The end always has its marker, because the key goes by the ends.
+    axes.plot(xs[-1:], curve.mean[-1:], marker=style.marker, markersize=6, **look)
 
 
 def _set_view(axes: "Axes", drawn: Sequence[SeedCurve], scale: float) -> None:
@@ -127,83 +167,67 @@ def _set_view(axes: "Axes", drawn: Sequence[SeedCurve], scale: float) -> None:
     axes.set_xlim(0.0, 1.02 * end / scale)
 
 
-def _label_ends(
-    axes: "Axes", ends: Mapping[str, tuple[str, SeedCurve]], scale: float, plot_height: float
-) -> None:
-    """Write each label right of the axes, joined to the end of its line, none over another."""
-    bottom, top = axes.get_ylim()
-    heights = [(float(curve.mean[-1]) - bottom) / (top - bottom) for _, curve in ends.values()]
-    positions = spread_apart(heights, _LINE / plot_height)
-    for (label, (name, curve)), height in zip(ends.items(), positions, strict=True):
-        style = variant_style(name)
-        axes.annotate(
-            "",
-            xy=(float(curve.x[-1]) / scale, float(curve.mean[-1])),
-            xytext=(_LABEL_X, height),
-            textcoords="axes fraction",
-            annotation_clip=False,
-            zorder=1.5,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": style.colour,
-                "linewidth": 0.7,
-                "alpha": 0.6,
-                "shrinkA": 0.0,
-                "shrinkB": 0.0,
-            },
-        )
-        # The marker once more, because the joining lines of early finishers cross other lines.
-        axes.plot(
-            [_LABEL_X],
-            [height],
-            transform=axes.transAxes,
-            clip_on=False,
-            color=style.colour,
-            marker=style.marker,
-            markersize=MARKER_SIZE,
-        )
-        axes.text(_LABEL_X + 0.02, height, label, transform=axes.transAxes, va="center", color=INK)
-
-
 @in_house_style
-def forest_plot(contrasts: Sequence[Mapping[str, Any]], baseline: str, interval: str) -> "Figure":
-    """Contrasts of validation losses with ``baseline`` and their intervals, one a line.
+def forest_plot(
+    contrasts: Sequence[Mapping[str, Any]], measured: str, interval: str, styles: Styles
+) -> "Figure":
+    """Contrasts and their intervals, each under its label and its numbers.
 
-    ``contrasts`` are those of a summary, ``interval`` is what their intervals are called. A hollow
-    marker is a difference without an interval; a diverged one has no marker, only its text.
+    ``contrasts`` are those of a summary, each with a "label"; ``measured`` says what they are and
+    ``interval`` what their intervals are called. A hollow marker is a difference without an
+    interval; a diverged one has no marker, only its text.
     """
-    names = [contrast["arm"] for contrast in contrasts]
-    texts = [numbers.difference_with_interval(contrast) for contrast in contrasts]
-    left = 0.2 + _CHARACTER * max((len(name) for name in names), default=0)
-    right = 0.25 + _CHARACTER * max((len(text) for text in texts), default=0)
-    below, above = 0.52, 0.3
-    height = 0.36 * max(2, len(names))
-    width = max(WIDTH, left + right + 2.6)
-    figure, axes = new_figure(width, height + below + above, (left, right, below, above))
-    axes.axvline(0.0, color=INK, linewidth=1.1, zorder=1)
-    for line, contrast in enumerate(contrasts):
-        _draw_difference(axes, line, contrast)
-        axes.annotate(
-            texts[line], (1.03, line), xycoords=("axes fraction", "data"), va="center", color=INK
-        )
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
+    side = 0.15  # inches left and right
+    characters = int((PHONE_WIDTH - 2 * side) / CHARACTER)
+    blocks = [_over_a_bar(contrast, characters) for contrast in contrasts]
+    tops = [0.0]  # inches from the top of the axes, and where the last block ends
+    for lines in blocks:
+        tops.append(tops[-1] + LINE * len(lines) + 0.34)
+    unit = [*wrapped(measured, characters), interval]
+    below, above = 0.4 + LINE * len(unit), 0.3
+    figure, axes = new_figure(PHONE_WIDTH, tops[-1] + below + above, (side, side, below, above))
     reach = _reach(contrasts)
     axes.set_xlim(-reach, reach)
+    axes.set_ylim(tops[-1], 0.0)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(f"difference in val loss to {baseline} (nats/token), {interval}")
-    for position, side, text in ((0.0, "left", "lower is better"), (1.0, "right", "worse")):
-        arrow = f"\u2190 {text}" if side == "left" else f"{text} \u2192"
-        axes.text(position, 1.03, arrow, transform=axes.transAxes, ha=side, va="bottom", color=INK)
+    axes.set_xlabel("\n".join(unit))
+    for contrast, lines, top in zip(contrasts, blocks, tops, strict=False):
+        bar = top + 0.06 + LINE * len(lines) + 0.1
+        for number, (left, right) in enumerate(lines):
+            place: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "va": "center",
+                "color": INK,
+            }
+            height = top + 0.06 + LINE * (number + 0.5)
+            axes.annotate(left, (0.0, height), ha="left", **place)
+            axes.annotate(right, (1.0, height), ha="right", **place)
+        axes.plot([0.0, 0.0], [bar - 0.09, bar + 0.09], color=INK, linewidth=1.1, zorder=1)
+        _draw_difference(axes, bar, contrast, styles[contrast["arm"]])
+    for position, where, text in (
+        (0.0, "left", "\u2190 lower is better"),
+        (1.0, "right", "worse \u2192"),
+    ):
+        axes.text(position, 1.0, text, transform=axes.transAxes, ha=where, va="bottom", color=INK)
     return figure
 
 
-def _draw_difference(axes: "Axes", line: int, contrast: Mapping[str, Any]) -> None:
+def _over_a_bar(contrast: Mapping[str, Any], characters: int) -> list[tuple[str, str]]:
+    """Lines of (label, numbers): the numbers beside the label's last line if they fit, or below."""
+    text = numbers.difference_with_interval(contrast)
+    lines = [(line, "") for line in wrapped(contrast["label"], characters)]
+    if len(lines[-1][0]) + len(text) + 2 <= characters:
+        return [*lines[:-1], (lines[-1][0], text)]
+    return [*lines, ("", text)]
+
+
+def _draw_difference(
+    axes: "Axes", line: float, contrast: Mapping[str, Any], style: VariantStyle
+) -> None:
     if not numbers.is_finite(contrast["mean"]):
         return
-    style = variant_style(contrast["arm"])
     ends = [contrast["bonferroni_low"], contrast["bonferroni_high"]]
     certain = None not in ends
     if certain:

@@ -43,7 +43,7 @@ _SETTINGS: dict[str, Any] = {
     "grid.linewidth": 0.6,
     # Text stays text: smaller, searchable, and read in the reader's own font.
     "svg.fonttype": "none",
-    # A variant may be called "$x$"; that is a name and not a formula.
+    # An arm may be called "$x$"; that is a name and not a formula.
     "text.parse_math": False,
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deep_delta.report import numbers
-from deep_delta.report.plots import SMALL_SIZE
+from deep_delta.report.plots import PHONE_WIDTH, SMALL_SIZE
 from deep_delta.report.render import in_house_style, new_figure
 from deep_delta.report.style import INK, variant_style
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 4.4  # inches: legible at the width of a phone
 Z_95 = 1.96
 _APART = 0.17  # of a line: ours above the reported one
 
@@ -37,7 +36,9 @@ def score_chart(
     ]
     lines.append(("mean", average["mean"], average["stderr"], average["paper"]))
     below, above = 0.52, 0.34
-    figure, axes = new_figure(WIDTH, 0.36 * len(lines) + below + above, (1.15, 0.2, below, above))
+    figure, axes = new_figure(
+        PHONE_WIDTH, 0.36 * len(lines) + below + above, (1.15, 0.2, below, above)
+    )
     for line, (_, value, stderr, paper) in enumerate(lines):
         _draw(axes, line, value, stderr, paper, variant)
     for line, task in enumerate(tasks):

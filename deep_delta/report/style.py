@@ -1,4 +1,4 @@
-"""One look for every chart: a fixed colour, line style and marker per variant.
+"""One look for every chart: a fixed colour, line style and marker per variant, one per arm.
 
 Every colour keeps a contrast of at least 3:1 both on white and on the dark page background (the
 tests check it), so that one drawing serves both. Eleven hues cannot all be told apart by a
@@ -6,6 +6,7 @@ colour-blind reader, so the families differ by hue and their members by dash and
 """
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 LIGHT_BACKGROUND = "#ffffff"
@@ -23,7 +24,7 @@ DASH_DOT: Dash = (0, (6, 2, 1.2, 2))
 
 @dataclass(frozen=True)
 class VariantStyle:
-    """How one variant is drawn: hex colour, matplotlib line style and marker, label text."""
+    """How one variant or arm is drawn: hex colour, matplotlib line style and marker, label text."""
 
     colour: str
     dash: Dash
@@ -48,6 +49,13 @@ _KNOWN: dict[str, tuple[str, Dash, str]] = {
 FALLBACK_COLOURS = ("#6f8f2f", "#1f9098", "#b05fc0", "#b5651d", "#5b7db8", "#c2567a")
 _FALLBACK_MARKERS = ("p", "H", ">", "8")
 
+# For a comparison's arms that are not called like a variant, in their order. Twelve of each.
+_ARM_COLOURS = (
+    *FALLBACK_COLOURS, "#6c6c54", "#00780c", "#6054d8", "#f06048", "#8478fc", "#a88484"
+)  # fmt: skip
+_ARM_MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "*", "d")
+_ARM_DASHES = (SOLID, DASHED, DASH_DOT, DOTTED)
+
 KNOWN_VARIANTS = tuple(_KNOWN)
 
 
@@ -64,3 +72,21 @@ def variant_style(variant: str) -> VariantStyle:
     colour = FALLBACK_COLOURS[code % len(FALLBACK_COLOURS)]
     marker = _FALLBACK_MARKERS[code // len(FALLBACK_COLOURS) % len(_FALLBACK_MARKERS)]
     return VariantStyle(colour, DASH_DOT, marker, variant)
+
+
+def arm_styles(arms: Iterable[str]) -> dict[str, VariantStyle]:
+    """Styles of a comparison's arms, by name: all different up to twelve that are no variants.
+
+    An arm that is called like a variant looks as that does in every report. The others go by
+    their order, so that an arm added at the end changes no other's look.
+    """
+    styles, others = {}, 0
+    for arm in arms:
+        if arm in _KNOWN:
+            styles[arm] = variant_style(arm)
+            continue
+        turn, place = divmod(others, len(_ARM_COLOURS))
+        dash = _ARM_DASHES[(place + turn) % len(_ARM_DASHES)]
+        styles[arm] = VariantStyle(_ARM_COLOURS[place], dash, _ARM_MARKERS[place], arm)
+        others += 1
+    return styles

@@ -30,8 +30,13 @@ ASK = """<script>addEventListener("load", () => {
   const back = getComputedStyle(document.body).backgroundColor;
   document.body.style.width = "%dpx";
   const wide = document.body.scrollWidth;
+  const cut = [...document.querySelectorAll("svg")].filter(svg => {
+    const box = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll("text")].map(e => e.getBoundingClientRect());
+    return box.right > %d || texts.some(r => r.left < box.left || r.right > box.right);
+  }).length;
   const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
-  document.title = JSON.stringify({drawn, back, wide, loaded});
+  document.title = JSON.stringify({drawn, back, wide, cut, loaded});
 });</script></body>"""
 
 
@@ -39,7 +44,7 @@ def look_at(page: Path, scheme: int) -> tuple[dict[str, Any], list[str]]:
     """What `ASK` found on the page, and the lines of the console."""
     copy = page.with_name("asked.html")
     text = page.read_text(encoding="utf-8")
-    copy.write_text(text.replace("</body>", ASK % PHONE), encoding="utf-8")
+    copy.write_text(text.replace("</body>", ASK % (PHONE, PHONE)), encoding="utf-8")
     done = subprocess.run(
         [
             str(CHROMIUM), "--headless=new", "--disable-gpu", "--no-first-run",

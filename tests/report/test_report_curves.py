@@ -10,8 +10,11 @@ from deep_delta.report.style import (
     INK,
     KNOWN_VARIANTS,
     LIGHT_BACKGROUND,
+    arm_styles,
     variant_style,
 )
+
+ARMS = [f"arm {i}" for i in range(12)]
 
 
 def rows(*points: tuple[int, float, float]) -> list[dict[str, Any]]:
@@ -77,10 +80,33 @@ def contrast(a: str, b: str) -> float:
 
 @pytest.mark.parametrize("variant", [*KNOWN_VARIANTS, *(f"unknown-{i}" for i in range(20))])
 def test_colours_are_legible_on_white_and_on_dark(variant: str) -> None:
-    colour = variant_style(variant).colour
+    check_legible(variant_style(variant).colour)
+
+
+def check_legible(colour: str) -> None:
     assert contrast(colour, LIGHT_BACKGROUND) >= 3.0
     assert contrast(colour, DARK_BACKGROUND) >= 3.0
     assert colour != INK
+
+
+def test_twelve_arms_are_all_different_and_legible() -> None:
+    styles = list(arm_styles(ARMS).values())
+    assert len({style.colour for style in styles}) == 12
+    assert len({style.marker for style in styles}) == 12
+    for style in styles:
+        check_legible(style.colour)
+
+
+def test_arms_beside_variants() -> None:
+    styles = arm_styles(["ddl-cc", *ARMS, "additive"])
+    assert styles["ddl-cc"] == variant_style("ddl-cc")
+    assert styles["additive"] == variant_style("additive")
+    assert len({(style.colour, style.marker) for style in styles.values()}) == 14
+    # What is added at the end changes no other arm's look.
+    assert {arm: arm_styles([*ARMS, "another"])[arm] for arm in ARMS} == arm_styles(ARMS)
+    many = arm_styles([f"arm {i}" for i in range(48)])
+    looks = {(style.colour, style.marker, style.dash) for style in many.values()}
+    assert len(looks) == 48
 
 
 def test_known_variants_are_all_different() -> None:

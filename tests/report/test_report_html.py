@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report.comparison_helpers import with_budgets, with_search, with_speed
 
 from deep_delta.errors import UserError
 from deep_delta.report import write_report
-from deep_delta.report.table import judged_by
+from deep_delta.report.sentences import judged_by, judged_text
 
 Make = Callable[..., Any]
 
@@ -76,12 +77,12 @@ def test_page_is_whole_self_contained_and_accessible(
     assert "@import" not in text
     assert all(load.startswith("#") and load[1:] in page.ids for load in page.loads)
     assert all(name in page.ids for name in re.findall(r"url\(#([^)]+)\)", text))
-    assert len(page.svgs) == 3
+    assert len(page.svgs) == 4
     for svg in page.svgs:
         assert svg["role"] == "img"
         assert svg["aria-label"]
         assert svg["aria-describedby"] in page.ids
-    assert page.inside_svgs == ["title", "desc"] * 3
+    assert page.inside_svgs == ["title", "desc"] * 4
     assert "currentColor" in text
     assert "prefers-color-scheme" in text
     words = "".join(page.words)
@@ -103,19 +104,23 @@ def test_conclusions_are_marked_by_their_verdicts(
     assert html.escape(judged_by(summary)) in text
 
 
-@pytest.mark.parametrize("name", ["loss-vs-tokens.png", "loss-vs-time.png", "differences.png"])
-def test_charts_are_written(tmp_path: Path, summary_of: Make, curves_of: Make, name: str) -> None:
-    write_report(summary_of(LOSSES), curves_of(LOSSES), tmp_path)
-    data = (tmp_path / name).read_bytes()
-    assert data.startswith(b"\x89PNG")
-    assert len(data) > 8000
+def test_charts_are_written(tmp_path: Path, summary_of: Make, curves_of: Make) -> None:
+    summary = with_budgets(with_search(summary_of(LOSSES)))
+    write_report(summary, curves_of(LOSSES), tmp_path)
+    charts = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert charts.keys() == {
+        "loss-vs-tokens", "loss-vs-flops", "loss-vs-time", "differences", "rates", "curve",
+    }  # fmt: skip
+    for data in charts.values():
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 8000
 
 
 def test_same_input_gives_the_same_bytes(tmp_path: Path, summary_of: Make, curves_of: Make) -> None:
     for folder in ("one", "two"):
         write_report(summary_of(LOSSES), curves_of(LOSSES), tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    drawn = ("differences", "loss-vs-time", "loss-vs-tokens")
+    drawn = ("differences", "loss-vs-flops", "loss-vs-time", "loss-vs-tokens")
     charts = [f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
     assert names == [*charts, "report.html"]
     for name in names:
@@ -129,9 +134,74 @@ def test_without_a_baseline_there_is_no_chart_of_differences(
     text = write_report(summary_of(losses, baseline=None), curves_of(losses), tmp_path).read_text(
         encoding="utf-8"
     )
-    assert len(Page(text).svgs) == 2
-    assert "the baseline was not run" in text
+    assert len(Page(text).svgs) == 3
+    assert "nothing was run to compare it with" in text
     assert not (tmp_path / "differences.png").exists()
+
+
+def test_page_of_everything_with_dangerous_names(
+    tmp_path: Path, summary_of: Make, curves_of: Make
+) -> None:
+    dangerous, long = '<b>&"', "sixty characters in words " * 2 + "x" * 8
+    losses = {**LOSSES, dangerous: LOSSES["ddl-cc"], long: LOSSES["additive"]}
+    summary = with_speed(with_budgets(with_search(summary_of(losses, tested=True))))
+    summary["arms"][3]["fields"] = {"variant": "ddl-cc", "model.gate": "</td><b>"}
+    page = Page(write_report(summary, curves_of(losses), tmp_path).read_text(encoding="utf-8"))
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert len(page.svgs) == 6
+    words = "".join(page.words)
+    assert dangerous in words
+    assert long in words
+    assert "ddl-cc, model.gate = </td><b>" in words
+    for said in (
+        judged_text(summary),
+        f"{dangerous}: ",
+        "more trainings",
+        "2e-3 (6 tries), highest tried",
+        "Arms had different numbers of tries",
+        "1.10 means that the arm costs 10 % more than the baseline does",
+        "lowest to highest round",
+    ):
+        assert said in words
+
+
+def test_a_forest_of_any_pairs_names_both_arms(
+    tmp_path: Path, summary_of: Make, curves_of: Make
+) -> None:
+    losses = dict.fromkeys(("additive", "a", "b"), LOSSES["ddl-cc"])
+    summary = summary_of(losses, pairs=[("a", "additive"), ("b", "a")])
+    write_report(summary, curves_of(losses), tmp_path)
+    drawn = (tmp_path / "differences.svg").read_text(encoding="utf-8")
+    assert "b \u2212 a" in drawn
+    assert "difference in val loss (nats/token)" in drawn
+    write_report(summary_of(losses), curves_of(losses), tmp_path)
+    drawn = (tmp_path / "differences.svg").read_text(encoding="utf-8")
+    assert "\u2212 a" not in drawn
+    assert "difference in val loss to additive (nats/token)" in drawn
+
+
+def test_rates_that_diverged_are_crosses(summary_of: Make) -> None:
+    from deep_delta.report.search_plots import rate_curves
+    from deep_delta.report.style import arm_styles
+
+    rates = with_search(summary_of(LOSSES))["rates"]
+    key = {name: name for name in LOSSES}
+    (axes,) = rate_curves(rates, key, arm_styles(LOSSES)).axes
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in crosses] == [
+        (4e-3, 1.0), (4e-3, 0.95),
+    ]  # fmt: skip
+    rings = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [
+        (1e-3, 3.4), (1e-3, 3.4), (2e-3, 3.4),
+    ]  # fmt: skip
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "5e-4",
+        "1e-3",
+        "2e-3",
+        "4e-3",
+    ]
 
 
 def test_everything_diverged(tmp_path: Path, summary_of: Make, curves_of: Make) -> None:
