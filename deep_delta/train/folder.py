@@ -10,11 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deep_delta.checkpoint import weights_sha256
-from deep_delta.data import Manifest, TokenShards
+from deep_delta.data import PackedSequences
 from deep_delta.data.files import publish_folder, write_json_atomically
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
-from deep_delta.model.flops import flops_per_token
 from deep_delta.report.provenance import commit, hardware, versions
 from deep_delta.train.checkpoint import (
     STAGE,
@@ -28,9 +27,10 @@ from deep_delta.train.checkpoint import (
 )
 from deep_delta.train.groups import decayed_names, width_scaled_names
 from deep_delta.train.metrics import read_metrics
-from deep_delta.train.processes import is_main, on_main, processes
+from deep_delta.train.processes import in_main, is_main, on_main, processes
 from deep_delta.train.recipe import REORDERS_SUMS, Recipe, load_recipe, save_recipe
 from deep_delta.train.stop import NotFinite
+from deep_delta.train.texts import Texts
 
 try:
     import fcntl
@@ -116,181 +116,230 @@ class Hold:
             self._file.close()
 
 
-def prepare_folder(
-    recipe: Recipe, config: DeepDeltaConfig, data: Manifest, test: TokenShards | None
-) -> Path | None:
-    """Make the run folder; the checkpoint to go on from, or None.
+class RunFolder:
+    """The folder of one run: what it finds there, and what it leaves.
 
-    UserError if the folder has begun with another recipe or other data, or if the checkpoint that
-    the recipe names does not fit.
+    Every process calls these methods; the main one does their work.
     """
-    folder = recipe.run_folder
-    if recipe.resume == "never" and folder.exists():
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        folder.rename(aside)  # nothing is lost by starting over
-    identity = _identity(recipe, data, test)
-    if folder.exists():
-        shutil.rmtree(folder / STAGE, ignore_errors=True)
-    newest, finished = newest_whole(folder), (folder / RESULT).is_file()
-    begun = load_recipe(folder / RECIPE) if newest or finished else None
-    start = None
-    # The same command again goes on with what it has begun.
-    if recipe.resume not in ("auto", "never") and not (begun and begun.resume == recipe.resume):
-        start = Path(recipe.resume)
-        _check_checkpoint(start, recipe, config)
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.path = recipe, recipe.run_folder
+
+    @in_main
+    def finished(self) -> RunResult | None:
+        """The result of the recipe's run, if it is finished; Diverged where it ended so."""
+        if not (self.path / RESULT).is_file():
+            return None
+        result = read_result(self.path)
+        if result.diverged:
+            raise Diverged(result.diverged)
+        return result
+
+    @in_main
+    def prepare(self, config: DeepDeltaConfig, texts: Texts) -> Path | None:
+        """Make the run folder; the checkpoint to go on from, or None.
+
+        UserError if the folder has begun with another recipe or other data, or if the checkpoint
+        that the recipe names does not fit.
+        """
+        if self.recipe.resume == "never" and self.path.exists():
+            number = 1
+            while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+                number += 1
+            self.path.rename(aside)  # nothing is lost by starting over
+        identity = self._identity(texts)
+        if self.path.exists():
+            shutil.rmtree(self.path / STAGE, ignore_errors=True)
+        newest, finished = newest_whole(self.path), (self.path / RESULT).is_file()
+        begun = load_recipe(self.path / RECIPE) if newest or finished else None
+        start = None
+        # The same command again goes on with what it has begun.
+        if self.recipe.resume not in ("auto", "never") and not (
+            begun and begun.resume == self.recipe.resume
+        ):
+            start = Path(self.recipe.resume)
+            self._check_checkpoint(start, config)
+            if finished:
+                raise UserError(
+                    f"{self.path} is finished: choose another --out to go on from {start}"
+                )
+        if begun:  # else there is nothing that other choices spoil
+            changed = self.recipe.differences(begun)
+            before = json.loads((self.path / DATA).read_text(encoding="utf-8"))
+            if identity.get("init") != before.get("init") and self.recipe.init == begun.init:
+                changed.append(f"other weights in {self.recipe.init}")
+            if {**identity, "init": None} != {**before, "init": None}:
+                changed.append(f"other data in {self.recipe.data}")
+            if changed:
+                raise UserError(
+                    f"{self.path} holds a run of another recipe ({'; '.join(changed)}): choose "
+                    "another --out, or start over by ddl train --resume never"
+                )
         if finished:
-            raise UserError(f"{folder} is finished: choose another --out to go on from {start}")
-    if begun:  # else there is nothing that other choices spoil
-        changed = recipe.differences(begun)
-        before = json.loads((folder / DATA).read_text(encoding="utf-8"))
-        if identity.get("init") != before.get("init") and recipe.init == begun.init:
-            changed.append(f"other weights in {recipe.init}")
-        if {**identity, "init": None} != {**before, "init": None}:
-            changed.append(f"other data in {recipe.data}")
-        if changed:
+            return None
+        begins_at = start or newest
+        if begins_at:
+            check_order(begins_at)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if start:
+            put_others_aside(self.path, start)
+        save_recipe(self.recipe, self.path / RECIPE)
+        write_json_atomically(self.path / DATA, identity)
+        return begins_at
+
+    def _identity(self, texts: Texts) -> dict[str, list[str]]:
+        """Hashes that tell data, and weights of `init`, from others by the same path."""
+        splits = {"train": texts.train, "val": texts.val, "test": texts.test}
+        hashes = {name: data.shards.sha256 for name, data in splits.items() if data is not None}
+        if self.recipe.init is not None:
+            hashes["init"] = list(weights_sha256(Path(self.recipe.init)).values())
+        return {"tokenizer": [texts.manifest.tokenizer_sha256], **hashes}
+
+    def _check_checkpoint(self, checkpoint: Path, config: DeepDeltaConfig) -> None:
+        """UserError unless it is a checkpoint of this model that this recipe can go on from."""
+        if not checkpoint.is_dir():
+            raise UserError(f"there is no checkpoint folder {checkpoint}")
+        step = step_of(checkpoint)
+        if step is None:
             raise UserError(
-                f"{folder} holds a run of another recipe ({'; '.join(changed)}): choose another "
-                "--out, or start over by ddl train --resume never"
+                f"{checkpoint} is not named checkpoint-STEP, as what a run goes on from is: a new "
+                f"run begins with the weights of a model there by --init {checkpoint}"
             )
-    if finished:
-        return None
-    begins_at = start or newest
-    if begins_at:
-        check_order(begins_at)
-    folder.mkdir(parents=True, exist_ok=True)
-    if start:
-        put_others_aside(folder, start)
-    save_recipe(recipe, folder / RECIPE)
-    write_json_atomically(folder / DATA, identity)
-    return begins_at
+        wrong = fault(checkpoint)
+        if wrong is not None:
+            raise UserError(f"{checkpoint} is not a whole checkpoint: {wrong}")
+        if step >= self.recipe.steps:
+            raise UserError(
+                f"{checkpoint} has no step left to train of the recipe's {self.recipe.steps}"
+            )
+        origin = checkpoint.resolve().parent / RECIPE
+        if not origin.is_file():
+            raise UserError(
+                f"{checkpoint} has no {RECIPE} of its run beside it, so that batch_size and "
+                "seq_len are not known, nor its place in the data: put it there, or begin a new "
+                f"run with its weights by --init {checkpoint}"
+            )
+        before = load_recipe(origin)
+        sizes = [(r.batch_size, r.seq_len) for r in (before, self.recipe)]
+        if sizes[0] != sizes[1]:  # a step is a place in the data
+            old, new = (f"{batch} × {length}" for batch, length in sizes)
+            raise UserError(
+                f"{checkpoint} is of batches of {old} tokens, the recipe's are {new}: keep "
+                "batch_size and seq_len, or its place in the data would be another"
+            )
+        if self.recipe.init not in (None, before.init):
+            raise UserError(
+                f"{checkpoint} is of a run that did not begin with {self.recipe.init}: give "
+                "--init or --resume, not both"
+            )
+        theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        ours = json.loads(config.to_json_string(use_diff=False))
+        skip = {"dtype", "architectures", "transformers_version", "use_cache", *REORDERS_SUMS}
+        changed = [
+            f"{name}: {theirs[name]} -> {value}"
+            for name, value in ours.items()
+            if name not in skip and name in theirs and theirs[name] != value
+        ]
+        if changed:
+            raise UserError(f"{checkpoint} is of another model ({'; '.join(changed)})")
 
+    @in_main
+    def check_disk(self, model: nn.Module) -> None:
+        """UserError where the disk has no room for the run's checkpoints."""
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        saved = self.recipe.keep_checkpoints + 1 if self.recipe.save_every else 1  # Ctrl-C's
+        needed = weights * (1 + 3 * saved)  # a checkpoint holds two moments beside the weights
+        free = shutil.disk_usage(self.path).free
+        # Those that are there already will make room for the next.
+        kept = [
+            file for path in checkpoints(self.path) for file in path.rglob("*") if file.is_file()
+        ]
+        if free + sum(file.stat().st_size for file in kept) < needed:
+            raise UserError(
+                f"{self.path} has {free / 2**20:,.0f} MiB free, the run needs about "
+                f"{needed / 2**20:,.0f} MiB: make room or choose another out"
+            )
 
-def _identity(recipe: Recipe, data: Manifest, test: TokenShards | None) -> dict[str, list[str]]:
-    """What tells prepared data, and the weights of `init`, from others by the same path: hashes."""
-    hashes = {name: [s.sha256 for s in data.splits[name].shards] for name in ("train", "val")}
-    if test is not None:
-        hashes["test"] = test.sha256
-    if recipe.init is not None:
-        hashes["init"] = list(weights_sha256(Path(recipe.init)).values())
-    return {"tokenizer": [data.tokenizer_sha256], **hashes}
+    @in_main
+    def save_weight_decay(self, model: PreTrainedModel) -> None:
+        """List the tensors with and without weight decay, with their shapes.
 
+        Under µP also those that learn more slowly than the others ("width_scaled"), and their
+        factors on learning rate and weight decay.
+        """
+        decayed = set(decayed_names(model, self.recipe.decay_residual))
+        listing: dict[str, dict[str, Any]] = {"decayed": {}, "not_decayed": {}}
+        for name, parameter in model.named_parameters():
+            kind = "decayed" if name in decayed else "not_decayed"
+            listing[kind][name] = list(parameter.shape)
+        scaled = width_scaled_names(model)
+        if scaled:
+            ratio = model.config.width_ratio
+            factors = {"learning_rate": 1 / ratio, "weight_decay": ratio}
+            listing["width_scaled"] = {**factors, "tensors": scaled}
+        write_json_atomically(self.path / "weight_decay.json", listing)
 
-def _check_checkpoint(checkpoint: Path, recipe: Recipe, config: DeepDeltaConfig) -> None:
-    """UserError unless the folder is a checkpoint of this model that this recipe can go on from."""
-    if not checkpoint.is_dir():
-        raise UserError(f"there is no checkpoint folder {checkpoint}")
-    step = step_of(checkpoint)
-    if step is None:
-        raise UserError(
-            f"{checkpoint} is not named checkpoint-STEP, as what a run goes on from is: a new run "
-            f"begins with the weights of a model there by --init {checkpoint}"
+    @in_main
+    def save_divergence(self, event: NotFinite, data: PackedSequences) -> str:
+        """Leave diverged.json with the step and its data; what happened in one line."""
+        places = []
+        for sequence in event.sequences:
+            shard, offset = data.shards.place(sequence * self.recipe.seq_len)
+            places.append({"sequence": sequence, "shard": shard, "token": offset})
+        newest = newest_whole(self.path)
+        report = {
+            "step": event.step,
+            event.what: str(event.value),
+            "sequences": places,
+            "checkpoint": None if newest is None else newest.name,
+        }
+        write_json_atomically(self.path / DIVERGED, report)
+        named = ", ".join(
+            f"{place['shard']} from token {place['token']:,}" for place in places[:SHOWN]
         )
-    wrong = fault(checkpoint)
-    if wrong is not None:
-        raise UserError(f"{checkpoint} is not a whole checkpoint: {wrong}")
-    if step >= recipe.steps:
-        raise UserError(f"{checkpoint} has no step left to train of the recipe's {recipe.steps}")
-    origin = checkpoint.resolve().parent / RECIPE
-    if not origin.is_file():
-        raise UserError(
-            f"{checkpoint} has no {RECIPE} of its run beside it, so that batch_size and seq_len "
-            f"are not known, nor its place in the data: put it there, or begin a new run with its "
-            f"weights by --init {checkpoint}"
-        )
-    before = load_recipe(origin)
-    sizes = [(r.batch_size, r.seq_len) for r in (before, recipe)]
-    if sizes[0] != sizes[1]:  # a step is a place in the data
-        old, new = (f"{batch} × {length}" for batch, length in sizes)
-        raise UserError(
-            f"{checkpoint} is of batches of {old} tokens, the recipe's are {new}: keep "
-            "batch_size and seq_len, or its place in the data would be another"
-        )
-    if recipe.init not in (None, before.init):
-        raise UserError(
-            f"{checkpoint} is of a run that did not begin with {recipe.init}: give --init or "
-            "--resume, not both"
-        )
-    theirs = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    ours = json.loads(config.to_json_string(use_diff=False))
-    skip = {"dtype", "architectures", "transformers_version", "use_cache", *REORDERS_SUMS}
-    changed = [
-        f"{name}: {theirs[name]} -> {value}"
-        for name, value in ours.items()
-        if name not in skip and name in theirs and theirs[name] != value
-    ]
-    if changed:
-        raise UserError(f"{checkpoint} is of another model ({'; '.join(changed)})")
-
-
-def check_disk(folder: Path, model: nn.Module, recipe: Recipe) -> None:
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    saved = recipe.keep_checkpoints + 1 if recipe.save_every else 1  # Ctrl-C's
-    needed = weights * (1 + 3 * saved)  # a checkpoint holds two moments beside the weights
-    free = shutil.disk_usage(folder).free
-    # Those that are there already will make room for the next.
-    kept = [file for path in checkpoints(folder) for file in path.rglob("*") if file.is_file()]
-    if free + sum(file.stat().st_size for file in kept) < needed:
-        raise UserError(
-            f"{folder} has {free / 2**20:,.0f} MiB free, the run needs about "
-            f"{needed / 2**20:,.0f} MiB: make room or choose another out"
+        more = len(places) - SHOWN
+        return (
+            f"{event}; its batch: {named}{f' and {more} more' if more > 0 else ''} (see "
+            f"{self.path / DIVERGED}); last good checkpoint: {newest or 'none'}"
         )
 
+    def save_final(self, model: DeepDeltaForCausalLM, tokenizer: Path) -> None:
+        """Weights, configuration and the tokenizer of a folder, complete or not there at all."""
+        final = self.path / FINAL
+        temporary = final.with_name(final.name + ".tmp")
+        on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        save_weights(model, temporary)
+        if not is_main():
+            return
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer / name, temporary / name)
+        publish_folder(temporary, final)
 
-def save_weight_decay(model: PreTrainedModel, decay_residual: bool, path: Path) -> None:
-    """List the tensors with and without weight decay, with their shapes.
-
-    Under µP also those that learn more slowly than the others ("width_scaled"), and their factors
-    on learning rate and weight decay.
-    """
-    decayed = set(decayed_names(model, decay_residual))
-    listing: dict[str, dict[str, Any]] = {"decayed": {}, "not_decayed": {}}
-    for name, parameter in model.named_parameters():
-        kind = "decayed" if name in decayed else "not_decayed"
-        listing[kind][name] = list(parameter.shape)
-    scaled = width_scaled_names(model)
-    if scaled:
-        ratio = model.config.width_ratio
-        factors = {"learning_rate": 1 / ratio, "weight_decay": ratio}
-        listing["width_scaled"] = {**factors, "tensors": scaled}
-    write_json_atomically(path, listing)
-
-
-def save_divergence(event: NotFinite, shards: TokenShards, seq_len: int, folder: Path) -> str:
-    """Leave diverged.json with the step and its data; what happened in one line."""
-    places = []
-    for sequence in event.sequences:
-        shard, offset = shards.place(sequence * seq_len)
-        places.append({"sequence": sequence, "shard": shard, "token": offset})
-    newest = newest_whole(folder)
-    report = {
-        "step": event.step,
-        event.what: str(event.value),
-        "sequences": places,
-        "checkpoint": None if newest is None else newest.name,
-    }
-    write_json_atomically(folder / DIVERGED, report)
-    named = ", ".join(f"{place['shard']} from token {place['token']:,}" for place in places[:SHOWN])
-    more = len(places) - SHOWN
-    return (
-        f"{event}; its batch: {named}{f' and {more} more' if more > 0 else ''} (see "
-        f"{folder / DIVERGED}); last good checkpoint: {newest or 'none'}"
-    )
+    @in_main
+    def save_result(self, **found: Any) -> RunResult:
+        """Write result.json from the logged rows and the `found` fields of a RunResult."""
+        rows = read_metrics(self.path / "metrics.jsonl")
+        logged = [row for row in rows if "loss" in row]
+        evaluated = [row for row in rows if "val_loss" in row]
+        first, last = logged[0], logged[-1]
+        if len(logged) > 1:  # the first interval pays for first calls
+            speed = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+        else:  # which may have begun at a checkpoint's step
+            speed = last["tokens_per_s"]
+        result = RunResult(
+            variant=self.recipe.variant,
+            seed=self.recipe.seed,
+            val_loss=None if found.get("diverged") else evaluated[-1]["val_loss"],
+            tokens=last["tokens"],
+            train_seconds=last["seconds"],
+            tokens_per_s=speed,
+            **found,
+        )
+        write_json_atomically(self.path / RESULT, asdict(result))
+        return result
 
 
-def save_final(model: DeepDeltaForCausalLM, data_folder: Path, final: Path) -> None:
-    """Weights, configuration and tokenizer, complete or not there at all."""
-    temporary = final.with_name(final.name + ".tmp")
-    on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-    save_weights(model, temporary)
-    if not is_main():
-        return
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(data_folder / name, temporary / name)
-    publish_folder(temporary, final)
-
-
+@in_main
 def provenance() -> dict[str, Any]:
     """What a RunResult says of that; to be asked for when a run begins, since files may change."""
     return {
@@ -298,39 +347,3 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
         "versions": versions("torch", "triton", "transformers", "accelerate"),
     }
-
-
-def save_result(
-    recipe: Recipe,
-    config: DeepDeltaConfig,
-    parameters: int,
-    folder: Path,
-    memory: int,
-    made_with: dict[str, Any],
-    test_loss: float | None = None,
-    diverged: str | None = None,
-) -> RunResult:
-    rows = read_metrics(folder / "metrics.jsonl")
-    logged = [row for row in rows if "loss" in row]
-    evaluated = [row for row in rows if "val_loss" in row]
-    first, last = logged[0], logged[-1]
-    if len(logged) > 1:  # the first interval pays for first calls
-        speed = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
-    else:  # which may have begun at a checkpoint's step
-        speed = last["tokens_per_s"]
-    result = RunResult(
-        variant=recipe.variant,
-        seed=recipe.seed,
-        parameters=parameters,
-        val_loss=None if diverged else evaluated[-1]["val_loss"],
-        tokens=last["tokens"],
-        train_seconds=last["seconds"],
-        tokens_per_s=speed,
-        peak_memory_bytes=memory,
-        flops_per_token=flops_per_token(config, recipe.seq_len),
-        test_loss=test_loss,
-        diverged=diverged,
-        **made_with,
-    )
-    write_json_atomically(folder / RESULT, asdict(result))
-    return result

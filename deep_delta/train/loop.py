@@ -35,12 +35,12 @@ class Loop:
     nothing and any number of processes trains on the same sequences.
 
     Args:
-        recipe: steps, batch, rates, intervals.
+        recipe: steps, batch, rates, intervals. Its run folder gets checkpoint-STEP at every
+            `save_every`th step and when a signal stops the run.
         devices: what trains, and how a batch is shared.
         model: with its weights, on the device; compiled or not.
         data, validation: training data, and what is evaluated at every `eval_every`th step.
         metrics: takes a row for every log and evaluation.
-        folder: gets checkpoint-STEP at every `save_every`th step and when a signal stops the run.
     """
 
     def __init__(
@@ -51,9 +51,8 @@ class Loop:
         data: PackedSequences,
         validation: PackedSequences,
         metrics: Metrics,
-        folder: Path,
     ):
-        self.recipe, self.devices, self.bare, self.folder = recipe, devices, model, folder
+        self.recipe, self.devices, self.bare = recipe, devices, model
         self.data, self.validation = data, validation
         self.metrics, self.watch, self.step = metrics, Watch(), 0
         self.order = Order(len(data), recipe.batch_size, recipe.seed)
@@ -183,7 +182,7 @@ class Loop:
         self.watch.begin(f"saving at step {self.step}", "the disk")
         self.metrics.flush()  # no checkpoint may outlive the rows before it
         optimizer, keep = self.optimizer.optimizer, self.recipe.keep_checkpoints
-        save_checkpoint(self.folder, self.step, self.bare, optimizer, keep)
+        save_checkpoint(self.recipe.run_folder, self.step, self.bare, optimizer, keep)
         self.metrics.start_clock()
 
     def _share(self, sequences: list[int], number: int) -> list[int]:

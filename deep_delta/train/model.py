@@ -5,11 +5,17 @@ from collections.abc import Container
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model as load_weights
+from torch import nn
+from transformers import set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from deep_delta.checkpoint import check_fits, load_config, load_model
 from deep_delta.data import TokenShards
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
+from deep_delta.model.compile import compile_layers
+from deep_delta.model.loss import resolve_loss
 from deep_delta.train.recipe import REORDERS_SUMS, Recipe
 
 # Fields of the configuration that leave weights what they are.
@@ -76,6 +82,30 @@ def resolved(recipe: Recipe, said: Container[str] = ()) -> Recipe:
             f"{folder} lies in {found.run_folder}, the folder of this run: choose another --out"
         )
     return found
+
+
+def build_model(
+    recipe: Recipe,
+    config: DeepDeltaConfig,
+    device: torch.device,
+    begin: Path | DeepDeltaForCausalLM | None = None,
+) -> DeepDeltaForCausalLM:
+    """The model that is trained, on the device, with the recipe's loss, its layers compiled or not.
+
+    begin: a checkpoint or a model with the weights to begin with; by default the seed makes them.
+    """
+    set_seed(recipe.seed)
+    model = DeepDeltaForCausalLM(config)
+    if isinstance(begin, Path):
+        load_weights(model, begin / SAFE_WEIGHTS_NAME)
+    elif begin is not None:
+        model.load_state_dict(begin.state_dict())
+    nn.Module.to(model, device)  # else FSDP2 would do so only after the warm-up
+    try:
+        model.linear_cross_entropy = resolve_loss(recipe.loss, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return compile_layers(model) if recipe.compile else model
 
 
 def first_model(

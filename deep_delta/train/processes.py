@@ -9,13 +9,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, tensor
 from torch import distributed as dist
 
 from deep_delta.errors import UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 # For a machine that vanished without closing its connections: in a step, and where the main process
 # checks data or saves and the others wait.
@@ -65,6 +66,16 @@ def on_main(action: Callable[[], T]) -> T:
     result, failure = told
     _raise_in_all(failure)
     return result
+
+
+def in_main(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: every process calls it, the main one runs it: see `on_main`."""
+
+    @functools.wraps(function)
+    def called(*arguments: P.args, **named: P.kwargs) -> T:
+        return on_main(lambda: function(*arguments, **named))
+
+    return called
 
 
 def on_each(action: Callable[[], T]) -> T:

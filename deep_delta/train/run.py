@@ -1,54 +1,34 @@
 """Train one model by a recipe, and leave its run folder."""
 
-from pathlib import Path
-
 import torch
 import torch._dynamo  # else the first optimizer step loads it, in somebody's timing
-from safetensors.torch import load_model as load_weights
-from torch import nn
-from transformers import set_seed
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from deep_delta.accounting import PeakMemory
 from deep_delta.checkpoint import quiet_transformers
-from deep_delta.data import Manifest, PackedSequences, TokenShards, check_tokenizer, prepare_bundled
-from deep_delta.errors import UserError
-from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
-from deep_delta.model.compile import compile_layers
 from deep_delta.model.flops import flops_per_token
-from deep_delta.model.loss import LinearCrossEntropy, resolve_loss
 from deep_delta.train.checkpoint import step_of
 from deep_delta.train.devices import find_devices
 from deep_delta.train.folder import (
-    FINAL,
-    RESULT,
     Diverged,
     Hold,
+    RunFolder,
     RunResult,
-    check_disk,
-    prepare_folder,
     provenance,
-    read_result,
-    save_divergence,
-    save_final,
-    save_result,
-    save_weight_decay,
 )
 from deep_delta.train.loop import Loop
 from deep_delta.train.metrics import Metrics
-from deep_delta.train.model import first_model, model_config, resolved
+from deep_delta.train.model import build_model, first_model, model_config, resolved
 from deep_delta.train.processes import (
     is_main,
     lost_processes_named,
-    on_each,
     on_main,
     processes,
-    rank,
     wait_for_all,
 )
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.recipe import Recipe
 from deep_delta.train.stop import NotFinite, StopOnSignal
+from deep_delta.train.texts import open_texts
 from deep_delta.train.trackers import Trackers
 
 
@@ -88,88 +68,70 @@ def train(recipe: Recipe) -> RunResult:
 def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
     quiet_transformers()
     config, devices = model_config(recipe), find_devices(recipe)
-    loss = _loss(recipe, devices.device)
-    data_folder = on_main(lambda: _data_folder(recipe))
-    train_data, val_data, test_data = _datasets(recipe, data_folder, config)
-    initial = on_each(lambda: first_model(recipe, config, train_data.shards))
+    texts = open_texts(recipe, config.vocab_size)
+    config.eos_token_id = texts.manifest.eot_id  # where generation is to stop
+    initial = first_model(recipe, config, texts.train.shards)
     on_main(hold.take)
-    test_shards = None if test_data is None else test_data.shards
-    manifest = train_data.shards.manifest
-    checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest, test_shards))
-    folder, made_with = recipe.run_folder, on_main(provenance)
-    result = on_main(lambda: read_result(folder) if (folder / RESULT).is_file() else None)
+    folder = RunFolder(recipe)
+    checkpoint = folder.prepare(config, texts)
+    result = folder.finished()
     if result is not None:
-        if result.diverged:
-            raise Diverged(result.diverged)
         return result
 
+    made_with = provenance()
+    start = 0 if checkpoint is None else step_of(checkpoint) or 0
+    progress = ProgressLine(f"{recipe.label} seed {recipe.seed}", recipe.steps, start)
     with PeakMemory() as memory:
-        set_seed(recipe.seed)
-        start = 0 if checkpoint is None else step_of(checkpoint) or 0
-        model = DeepDeltaForCausalLM(config)
-        if checkpoint is not None:
-            load_weights(model, checkpoint / SAFE_WEIGHTS_NAME)
-        elif initial is not None:
-            model.load_state_dict(initial.state_dict())
-        del initial  # a GPU needs its place
-        nn.Module.to(model, devices.device)  # else FSDP2 would do so only after the warm-up
-        on_main(lambda: check_disk(folder, model, recipe))
-        model.linear_cross_entropy = loss
-        parameters = sum(p.numel() for p in model.parameters())  # shards have fewer
-        on_main(
-            lambda: save_weight_decay(model, recipe.decay_residual, folder / "weight_decay.json")
-        )
         if recipe.compile:
             # Else the graphs of a comparison's earlier runs would be looked through at every call.
             torch.compiler.reset()
-            compile_layers(model)
-        progress = ProgressLine(f"{recipe.label} seed {recipe.seed}", recipe.steps, start)
+        model = build_model(recipe, config, devices.device, checkpoint or initial)
+        del initial  # a GPU needs its place
+        folder.check_disk(model)
+        folder.save_weight_decay(model)
+        parameters = sum(p.numel() for p in model.parameters())  # shards have fewer
+        cost = flops_per_token(config, recipe.seq_len)
         metrics = Metrics(
-            folder / "metrics.jsonl",
+            folder.path / "metrics.jsonl",
             tokens_per_step=recipe.batch_size * recipe.seq_len,
-            flops_per_token=flops_per_token(config, recipe.seq_len),
+            flops_per_token=cost,
             resumed_at=start,
             devices=processes(),
             memory=memory,
             progress=progress,
             also=trackers.log,
         )
-        on_main(lambda: trackers.open(recipe, config, start))
-        loop = Loop(recipe, devices, model, train_data, val_data, metrics, folder)
+        trackers.open(recipe, config, start)
+        loop = Loop(recipe, devices, model, texts.train, texts.val, metrics)
         wait_for_all()  # out of memory in one process, say, ends all of them here
         if checkpoint is not None:
             loop.resume(checkpoint, start)
-        not_finite: NotFinite | None = None
-        stopped_by, test_loss = None, None
+        diverged, stopped_by, test_loss = None, None, None
         try:
             stopped_by = loop.run(StopOnSignal())
-            if test_data is not None and loop.step == recipe.steps:
-                test_loss = loop.evaluate(test_data)
+            if texts.test is not None and loop.step == recipe.steps:
+                test_loss = loop.evaluate(texts.test)
         except NotFinite as event:
-            not_finite = event
+            diverged = folder.save_divergence(event, texts.train)
         finally:
             devices.accelerator.free_memory()
-        if stopped_by is not None and loop.step < recipe.steps:
-            _finish(progress, f"interrupted at step {loop.step}, checkpoint saved")
-            raise Interrupted(stopped_by)
-    if not_finite is not None:
-        met, shards = not_finite, train_data.shards
-        line = on_main(lambda: save_divergence(met, shards, recipe.seq_len, folder))
-        on_main(
-            lambda: save_result(
-                recipe, config, parameters, folder, memory.bytes, made_with, diverged=line
-            )
-        )
-        _finish(progress, "diverged")
-        raise Diverged(line)
-    save_final(model, data_folder, folder / FINAL)
-    result = on_main(
-        lambda: save_result(
-            recipe, config, parameters, folder, memory.bytes, made_with, test_loss=test_loss
-        )
+    if stopped_by is not None and loop.step < recipe.steps:
+        _finish(progress, f"interrupted at step {loop.step}, checkpoint saved")
+        raise Interrupted(stopped_by)
+    if diverged is None:
+        folder.save_final(model, tokenizer=texts.folder)
+    result = folder.save_result(
+        parameters=parameters,
+        flops_per_token=cost,
+        peak_memory_bytes=memory.bytes,
+        test_loss=test_loss,
+        diverged=diverged,
+        **made_with,
     )
-    val_loss = float("nan") if result.val_loss is None else result.val_loss
-    _finish(progress, f"val loss {val_loss:.4f}  {result.tokens_per_s:,.0f} tokens/s")
+    if diverged is not None:
+        _finish(progress, "diverged")
+        raise Diverged(diverged)
+    _finish(progress, f"val loss {result.val_loss:.4f}  {result.tokens_per_s:,.0f} tokens/s")
     if stopped_by is not None:  # in the last step: complete, but nothing is to follow
         raise Interrupted(stopped_by)
     return result
@@ -178,53 +140,3 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
 def _finish(progress: ProgressLine, text: str) -> None:
     if is_main():
         progress.finish(text)
-
-
-def _loss(recipe: Recipe, device: torch.device) -> LinearCrossEntropy:
-    try:
-        return resolve_loss(recipe.loss, device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _data_folder(recipe: Recipe) -> Path:
-    if recipe.data == "bundled":
-        return prepare_bundled(Path(recipe.out) / "data")
-    return Path(recipe.data)
-
-
-def _opened(recipe: Recipe, folder: Path) -> list[TokenShards]:
-    """The splits, of whose shards every process reads its part: large data takes minutes."""
-    splits = [TokenShards.open(folder, split, verify=False) for split in ("train", "val")]
-    test = folder if recipe.test_data is None else Path(recipe.test_data)
-    named = Manifest.load(test).splits
-    if "test" in named or recipe.test_data is not None:
-        split = "test" if "test" in named else "val"
-        splits.append(TokenShards.open(test, split, verify=False))
-    for shards in splits:
-        shards.verify(rank(), processes())
-    return splits
-
-
-def _datasets(
-    recipe: Recipe, folder: Path, config: DeepDeltaConfig
-) -> tuple[PackedSequences, PackedSequences, PackedSequences | None]:
-    train_shards, val_shards, *test_shards = on_each(lambda: _opened(recipe, folder))
-    check_tokenizer(train_shards.manifest, config.vocab_size)
-    for shards in test_shards:
-        if shards.manifest.tokenizer_sha256 != train_shards.manifest.tokenizer_sha256:
-            raise UserError(
-                f"{shards.folder} was prepared with another tokenizer than {folder}: prepare it "
-                "with the same"
-            )
-    config.eos_token_id = train_shards.manifest.eot_id  # where generation is to stop
-    train_data, val_data, *test_data = (
-        PackedSequences(shards, recipe.seq_len, mask_documents=recipe.mask_documents)
-        for shards in (train_shards, val_shards, *test_shards)
-    )
-    if len(train_data) < recipe.batch_size:
-        raise UserError(
-            f"{folder} has {len(train_data)} sequences of {recipe.seq_len} tokens, fewer than one "
-            f"batch of {recipe.batch_size}"
-        )
-    return train_data, val_data, test_data[0] if test_data else None

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig
 from deep_delta.train.metrics import Row, read_metrics
+from deep_delta.train.processes import in_main
 from deep_delta.train.recipe import Recipe
 
 PROJECT = "deep-delta"
@@ -48,6 +49,7 @@ class Trackers:
         self.names = names
         self.opened: dict[str, Tracker] = {}
 
+    @in_main
     def open(self, recipe: Recipe, config: DeepDeltaConfig, start: int) -> None:
         """Begin the run at every tracker, or take it up at step `start` (rows after it are gone).
 

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from train.group import together
 from train.micro import losses, micro_recipe, rows_of, some_text, user_error, weights
 
-from deep_delta.compare import compare
+from deep_delta.compare import compare, make_study
 from deep_delta.compare import run as compare_run
 from deep_delta.data import prepare, shards
 from deep_delta.errors import UserError
@@ -178,8 +178,8 @@ def test_another_wrapper_than_the_recipes_is_refused(micro_data, tmp_path):
 
 def test_a_comparison_is_reported_once(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path)
-    arguments = (recipe, ["additive", "ddl-cc"], [0], "ddl compare")
-    first, second = together(compare, *arguments)
+    study = make_study(recipe, {"arms": ["additive", "ddl-cc"], "seeds": [0]})
+    first, second = together(compare, study, "ddl compare")
     assert first == second == json.loads((tmp_path / "summary.json").read_text())
     assert (tmp_path / "report.html").is_file()
 
@@ -386,7 +386,7 @@ def failing_report(recipe):
     if is_main():
         compare_run._report = None  # calling it is a TypeError
     try:
-        compare(recipe, ["additive"], [0], "ddl compare")
+        compare(make_study(recipe, {"arms": ["additive"], "seeds": [0]}), "ddl compare")
     except (TypeError, UserError) as error:
         return type(error).__name__
 

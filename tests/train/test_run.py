@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deep_delta import DeepDeltaForCausalLM
 from deep_delta.data import PackedSequences, TokenShards, prepare
+from deep_delta.data.shards import spread
 from deep_delta.train import load_recipe, loop, metrics, read_metrics, read_result, train
 from deep_delta.train.loop import Loop
 from deep_delta.train.metrics import Metrics
@@ -99,7 +100,7 @@ def test_validation_loss_is_the_mean_over_predicted_tokens(
     shards = TokenShards.open(micro_data, "val")
     data = PackedSequences(shards, 16, mask_documents=mask_documents)
     total, tokens = 0.0, 0
-    for index in range(sequences):
+    for index in spread(sequences, len(data)):
         item = {name: tensor[None] for name, tensor in data[index].items()}
         labels = item.pop("labels")[0, 1:]
         with torch.no_grad():
