@@ -9,7 +9,7 @@ from helpers import CASES, TINY, VARIANTS, one_line_error, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 
 from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM
-from deep_delta.model.presets import SIZES
+from deep_delta.model.presets import PARAMETERIZATIONS, SIZES
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,3 +180,33 @@ def test_sizes_are_the_papers(size, layers, d, heads, millions):
 )
 def test_residual_adds_the_parameters_it_should(variant, extra):
     assert parameters(variant, "small") - parameters("additive", "small") == extra
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_preset_knows_its_names(variant, size, parameterization):
+    names = {"variant": variant, "size": size, "parameterization": parameterization}
+    assert DeepDeltaConfig.from_preset(**names).as_preset() == (names, {})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {},
+        {"parameterization": "published"},
+        # As the preset has them, where they would follow from what is overridden.
+        {"num_attention_heads": 4, "num_key_value_heads": 2},
+        {"hidden_size": 48, "intermediate_size": 256},
+        {"direction_source": "mlp"},
+        {"value_channels": 3, "compressor": "token", "embedding_conv": False, "erase": True},
+        {"rope_theta": 500.0, "tie_word_embeddings": False, "qk_norm": "after_rope"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["additive-expanded", "two-channels", "layer-gate"])
+def test_any_configuration_is_a_preset_and_overrides(case, odd):
+    config = tiny_config(case, **odd)
+    names, overrides = config.as_preset()
+    assert DeepDeltaConfig.from_preset(**names, **overrides).to_dict() == config.to_dict()
+    assert set(overrides) <= set(DeepDeltaConfig.__annotations__)

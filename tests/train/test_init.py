@@ -23,6 +23,7 @@ from train.micro import (
     user_error,
     weights,
 )
+from train.test_processes import same_curve, sharded, watched
 
 from deep_delta import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.data import PackedSequences, TokenShards, prepare
@@ -112,9 +113,9 @@ def test_any_model_begins_with_its_weights_and_a_new_optimizer(micro_data, tmp_p
 
 def test_a_trained_one_forgets_its_moments(final, micro_data, tmp_path):
     begins_as_its_checkpoint(final, micro_data, tmp_path)
-    checkpoint = micro_recipe(micro_data, tmp_path / "long", save_every=3)
+    checkpoint = tuning(micro_data, tmp_path / "long", final, steps=2, save_every=2)
     train(checkpoint)
-    start = checkpoint.run_folder / "checkpoint-3"
+    start = checkpoint.run_folder / "checkpoint-2"
     begins_as_its_checkpoint(start, micro_data, tmp_path / "from a checkpoint")
 
 
@@ -195,8 +196,13 @@ def test_an_interrupted_run_goes_on_from_its_own_checkpoint(final, micro_data, t
     train(recipe)
     assert losses(recipe.run_folder) == losses(whole.run_folder)
     equal_weights(recipe.run_folder, whole.run_folder)
-    train(dataclasses.replace(recipe, resume="never"))
-    assert losses(recipe.run_folder) == losses(whole.run_folder)
+
+
+def test_what_starts_over_begins_with_the_same_weights(final, micro_data, tmp_path):
+    recipe = tuning(micro_data, tmp_path, final, steps=1, resume="never")
+    train(recipe)
+    train(recipe)
+    assert losses(recipe.run_folder) == losses(recipe.run_folder.with_name("seed-0.old-1"))
 
 
 def test_other_weights_are_another_run(final, micro_data, tmp_path, at_pass):
@@ -303,11 +309,11 @@ def test_names_count_where_they_are_said(final, micro_data, tmp_path, capsys):
 
 
 def test_what_cannot_be_resumed_can_be_begun_with(final, micro_data, tmp_path):
-    first = micro_recipe(micro_data, tmp_path / "first", save_every=3)
+    first = micro_recipe(micro_data, tmp_path / "first", steps=2, save_every=1, trackers="none")
     train(first)
-    lone = shutil.copytree(first.run_folder / "checkpoint-3", tmp_path / "lone" / "checkpoint-3")
+    lone = shutil.copytree(first.run_folder / "checkpoint-1", tmp_path / "lone" / "checkpoint-1")
     for start, why in ((final, "is not named checkpoint-STEP"), (lone, "seq_len are not known")):
-        again = micro_recipe(micro_data, tmp_path / "second", resume=str(start))
+        again = dataclasses.replace(first, out=str(tmp_path / "second"), resume=str(start))
         line = user_error(train, again)
         assert line.startswith(str(start))
         assert why in line
@@ -329,13 +335,23 @@ def test_from_a_path_a_run_keeps_what_it_began_with(final, micro_data, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs a CPU alone, or two GPUs")
-def test_two_processes_begin_as_one(final, micro_data, tmp_path):
+@pytest.mark.parametrize(
+    ("way", "wrapper", "parallel"),
+    [(watched, "DistributedDataParallel", "ddp"), (sharded, "FSDPDeepDeltaForCausalLM", "fsdp2")],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_processes_begin_as_one(final, micro_data, tmp_path, way, wrapper, parallel):
     alone = tuning(micro_data, tmp_path / "alone", final)
     train(alone)
-    both = tuning(micro_data, tmp_path / "both", final)
-    together(train, both)
-    for row, other in zip(losses(both.run_folder), losses(alone.run_folder), strict=True):
-        assert row == (*other[:2], pytest.approx(other[2], abs=1e-5))
+    both = tuning(micro_data, tmp_path / "both", final, parallel=parallel)
+    results = together(way, both)
+    assert [wrappers for wrappers, _ in results] == [{wrapper}] * 2
+    same_curve(both.run_folder, alone.run_folder)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs a CPU alone, or two GPUs")
+@pytest.mark.slow
+def test_two_processes_refuse_as_one(final, micro_data, tmp_path):
     broken = shutil.copytree(final, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"?")
     first, second = together(refused, tuning(micro_data, tmp_path / "none", broken))
