@@ -85,8 +85,8 @@ def train(recipe: Recipe) -> RunResult:
 def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
     quiet_transformers()
     config, devices = model_config(recipe), find_devices(recipe)
-    loss = _loss(recipe, devices.device)
-    data_folder = on_main(lambda: _data_folder(recipe))
+    loss = cross_entropy(recipe, devices.device)
+    data_folder = on_main(lambda: find_data(recipe))
     train_data, val_data, manifest = _datasets(recipe, data_folder, config)
     on_main(hold.take)
     checkpoint = on_main(lambda: prepare_folder(recipe, config, manifest))
@@ -98,22 +98,16 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
         return result
 
     with PeakMemory() as memory:
-        set_seed(recipe.seed)
         start = 0 if checkpoint is None else step_of(checkpoint) or 0
-        model = DeepDeltaForCausalLM(config)
-        if checkpoint is not None:
-            load_model(model, checkpoint / SAFE_WEIGHTS_NAME)
-        nn.Module.to(model, devices.device)  # else FSDP2 would do so only after the warm-up
+        if recipe.compile:
+            # Else the graphs of a comparison's earlier runs would be looked through at every call.
+            torch.compiler.reset()
+        model = build_model(recipe, config, devices.device, loss, checkpoint)
         on_main(lambda: check_disk(folder, model, recipe))
-        model.linear_cross_entropy = loss
         parameters = sum(p.numel() for p in model.parameters())  # shards have fewer
         on_main(
             lambda: save_weight_decay(model, recipe.decay_residual, folder / "weight_decay.json")
         )
-        if recipe.compile:
-            # Else the graphs of a comparison's earlier runs would be looked through at every call.
-            torch.compiler.reset()
-            compile_layers(model)
         progress = ProgressLine(f"{recipe.variant} seed {recipe.seed}", recipe.steps, start)
         metrics = Metrics(
             folder / "metrics.jsonl",
@@ -168,7 +162,25 @@ def _finish(progress: ProgressLine, text: str) -> None:
         progress.finish(text)
 
 
-def _loss(recipe: Recipe, device: torch.device) -> LinearCrossEntropy:
+def build_model(
+    recipe: Recipe,
+    config: DeepDeltaConfig,
+    device: torch.device,
+    loss: LinearCrossEntropy,
+    checkpoint: Path | None = None,
+) -> DeepDeltaForCausalLM:
+    """The model that is trained, on the device: by the recipe's seed, or of a checkpoint."""
+    set_seed(recipe.seed)
+    model = DeepDeltaForCausalLM(config)
+    if checkpoint is not None:
+        load_model(model, checkpoint / SAFE_WEIGHTS_NAME)
+    nn.Module.to(model, device)  # else FSDP2 would do so only after the warm-up
+    model.linear_cross_entropy = loss
+    return compile_layers(model) if recipe.compile else model
+
+
+def cross_entropy(recipe: Recipe, device: torch.device) -> LinearCrossEntropy:
+    """The recipe's loss; its ValueErrors become UserErrors."""
     try:
         return resolve_loss(recipe.loss, device)
     except ValueError as error:
@@ -191,7 +203,8 @@ def model_config(recipe: Recipe) -> DeepDeltaConfig:
     return config
 
 
-def _data_folder(recipe: Recipe) -> Path:
+def find_data(recipe: Recipe) -> Path:
+    """The prepared data of a recipe; the bundled text is prepared in OUT/data."""
     if recipe.data == "bundled":
         return prepare_bundled(Path(recipe.out) / "data")
     return Path(recipe.data)
