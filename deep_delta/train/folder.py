@@ -82,6 +82,10 @@ def read_result(folder: Path) -> RunResult:
     return RunResult(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
 
 
+class Held(UserError):
+    """A run folder in which another process trains."""
+
+
 class Hold:
     """A run folder that no other process on machines with the same file system may train in.
 
@@ -93,7 +97,7 @@ class Hold:
         self._file: Any = None
 
     def take(self) -> None:
-        """UserError if another process has it. Where there are no locks, nothing is checked."""
+        """`Held` if another process has it. Where there are no locks, nothing is checked."""
         if fcntl is None:
             return
         try:
@@ -101,7 +105,7 @@ class Hold:
             self._file = self.folder.with_name(f".{self.folder.name}.lock").open("a")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise Held(
                 f"{self.folder} is being trained by another process: wait for its end, or choose "
                 "another --out"
             ) from None

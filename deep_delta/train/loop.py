@@ -90,7 +90,7 @@ class Loop:
         recipe = self.recipe
         with self.watch, stop:
             if recipe.cuda_graphs:
-                self._capture()
+                self.capture()
             self.metrics.start_clock()
             while self.step < recipe.steps:
                 rate, norm = self.train_step()
@@ -211,7 +211,7 @@ class Loop:
         self._loss(batch, predictions(batch)).backward()
         self.bare.zero_grad(set_to_none=True)
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
         """Make forward and backward a CUDA graph that adds to the gradients where they lie."""
         batch = collate(self.data, self._share(self.order(self.step), 0), self.devices.device)
         names = list(batch)

@@ -7,6 +7,7 @@ once that a process is gone, while a GPU would wait for it, and its own process 
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -40,6 +41,11 @@ def processes() -> int:
 def rank() -> int:
     """This process's number among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def of_torchrun() -> bool:
+    """Whether torchrun started this process: its group is there only from the first run on."""
+    return processes() > 1 or "LOCAL_RANK" in os.environ
 
 
 def is_main() -> bool:

@@ -1,5 +1,6 @@
 """One line a run: step, loss, tokens/s and time left, kept up to date while it trains."""
 
+import multiprocessing
 import sys
 import time
 
@@ -7,13 +8,15 @@ import time
 class ProgressLine:
     """Rewrites its line on a terminal; elsewhere it prints a new one about every tenth of the run.
 
+    A process that another one started has no terminal to itself: its lines are new ones too.
+
     label: what stands in front, e.g. "ddl-cc seed 0"; steps: how many the run has.
     """
 
     def __init__(self, label: str, steps: int, start: int = 0):
         self.label, self.steps, self.start = label, steps, start
         self.began, self.counts_start_up = time.monotonic(), True
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and multiprocessing.parent_process() is None
         self.tenths = 0
         self._width = 0
 
