@@ -33,7 +33,7 @@ from deep_delta.train.trackers import Trackers
 
 
 class Interrupted(Exception):
-    """The run was stopped by Ctrl-C or SIGTERM (`signal`, its number) after saving a checkpoint."""
+    """The run was stopped by a signal (`signal`, its number) after saving a checkpoint."""
 
     def __init__(self, signal: int):
         super().__init__(f"stopped by signal {signal}")
@@ -52,7 +52,7 @@ def train(recipe: Recipe) -> RunResult:
     Raises:
         UserError: data, recipe, run folder or trackers that do not fit, in one line.
         Diverged: a loss or gradient was no number; result.json and diverged.json say where.
-        Interrupted: after Ctrl-C or SIGTERM; the same call goes on from the checkpoint.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP; the same call goes on from the checkpoint.
         LostProcess: another process ended; the same call goes on from the newest checkpoint.
     """
     recipe = resolved(recipe)
