@@ -24,7 +24,7 @@ from deep_delta.train import Recipe, model_config
 from deep_delta.train.devices import find_devices
 from deep_delta.train.loop import Loop
 from deep_delta.train.metrics import Metrics
-from deep_delta.train.model import build_model
+from deep_delta.train.model import build_model, cross_entropy
 from deep_delta.train.processes import of_torchrun
 from deep_delta.train.progress import ProgressLine
 from deep_delta.train.texts import find_data
@@ -122,7 +122,8 @@ class _Arm:
             progress=ProgressLine(recipe.label, recipe.steps),
             also=lambda row: None,
         )
-        model = build_model(recipe, config, devices.device)
+        loss = cross_entropy(recipe, devices.device)
+        model = build_model(recipe, config, devices.device, loss)
         self.loop = Loop(recipe, devices, model, data, data, metrics)  # nothing is evaluated
         if recipe.cuda_graphs:
             self.loop.capture()

@@ -15,7 +15,7 @@ from deep_delta.data import TokenShards
 from deep_delta.errors import UserError
 from deep_delta.model import DeepDeltaConfig, DeepDeltaForCausalLM
 from deep_delta.model.compile import compile_layers
-from deep_delta.model.loss import resolve_loss
+from deep_delta.model.loss import LinearCrossEntropy, resolve_loss
 from deep_delta.train.recipe import REORDERS_SUMS, Recipe
 
 # Fields of the configuration that leave weights what they are.
@@ -84,13 +84,22 @@ def resolved(recipe: Recipe, said: Container[str] = ()) -> Recipe:
     return found
 
 
+def cross_entropy(recipe: Recipe, device: torch.device) -> LinearCrossEntropy:
+    """The recipe's loss; its ValueErrors become UserErrors."""
+    try:
+        return resolve_loss(recipe.loss, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def build_model(
     recipe: Recipe,
     config: DeepDeltaConfig,
     device: torch.device,
+    loss: LinearCrossEntropy,
     begin: Path | DeepDeltaForCausalLM | None = None,
 ) -> DeepDeltaForCausalLM:
-    """The model that is trained, on the device, with the recipe's loss, its layers compiled or not.
+    """The model that is trained, on the device, with its loss, its layers compiled or not.
 
     begin: a checkpoint or a model with the weights to begin with; by default the seed makes them.
     """
@@ -101,10 +110,7 @@ def build_model(
     elif begin is not None:
         model.load_state_dict(begin.state_dict())
     nn.Module.to(model, device)  # else FSDP2 would do so only after the warm-up
-    try:
-        model.linear_cross_entropy = resolve_loss(recipe.loss, device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    model.linear_cross_entropy = loss
     return compile_layers(model) if recipe.compile else model
 
 

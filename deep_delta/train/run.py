@@ -17,7 +17,13 @@ from deep_delta.train.folder import (
 )
 from deep_delta.train.loop import Loop
 from deep_delta.train.metrics import Metrics
-from deep_delta.train.model import build_model, first_model, model_config, resolved
+from deep_delta.train.model import (
+    build_model,
+    cross_entropy,
+    first_model,
+    model_config,
+    resolved,
+)
 from deep_delta.train.processes import (
     is_main,
     lost_processes_named,
@@ -68,6 +74,7 @@ def train(recipe: Recipe) -> RunResult:
 def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
     quiet_transformers()
     config, devices = model_config(recipe), find_devices(recipe)
+    loss = cross_entropy(recipe, devices.device)
     texts = open_texts(recipe, config.vocab_size)
     config.eos_token_id = texts.manifest.eot_id  # where generation is to stop
     initial = first_model(recipe, config, texts.train.shards)
@@ -85,7 +92,7 @@ def _train(recipe: Recipe, trackers: Trackers, hold: Hold) -> RunResult:
         if recipe.compile:
             # Else the graphs of a comparison's earlier runs would be looked through at every call.
             torch.compiler.reset()
-        model = build_model(recipe, config, devices.device, checkpoint or initial)
+        model = build_model(recipe, config, devices.device, loss, checkpoint or initial)
         del initial  # a GPU needs its place
         folder.check_disk(model)
         folder.save_weight_decay(model)

@@ -1,4 +1,4 @@
-"""Rebuilds the table in README.md and the plot from rows.jsonl and earlier.jsonl: python3 report.py"""
+"""Rebuilds the two tables in README.md and the plot from rows.jsonl and earlier.jsonl: python3 report.py"""
 
 import json
 import re
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 SMALL, NOISE = "+rgain=1+cinit=published", "+ec=1+noise=0.5"
+RATE = "8e-3"  # of all forms in the table, the contrasts and the plot; other rates have a table of their own
 DIVERGED = 4.0  # nats: off the plot, in the table
 # What is changed: from the second form to the first, everything else equal unless the line says so.
 CONTRASTS = [
@@ -21,6 +22,7 @@ CONTRASTS = [
     ("First writes shorter, additive: from 0.001", "additive+bnorm=0.001", "additive+bnorm=0.1"),
     ("Token's gate, additive from 0.01", "additive+bnorm=0.01+tgate=1", "additive+bnorm=0.01"),
     ("Token's gate, additive from 0.03", "additive+bnorm=0.03+tgate=1", "additive+bnorm=0.03"),
+    ("Token's gate, additive, small read, EC, noise", "additive+bnorm=0.01" + SMALL + NOISE + "+tgate=1", "additive+bnorm=0.01" + SMALL + NOISE),
     ("Cooler logit, mended as it is", "mended+dv=1+zscale=0.01", "mended+dv=1"),
     ("Target from the token, small read", "writeonly+dv=1" + SMALL, "writeonly+dv=1" + SMALL + "+zscale=0"),
     ("ε at 1e-5, not 1e-8 (gates' scale too)", "mended+dv=1" + SMALL, "mended+dv=1" + SMALL + "+eps=1e-8"),
@@ -29,8 +31,11 @@ CONTRASTS = [
     ("EC and noise, additive from 0.01", "additive+bnorm=0.01" + NOISE, "additive+bnorm=0.01"),
     ("EC beside noise, write-only, small read", "writeonly+dv=1" + SMALL, "writeonly+dv=1" + SMALL + "+ec=0+noise=0.5"),
     ("EC beside noise, additive, small read", "additive+bnorm=0.01" + SMALL + NOISE, "additive+bnorm=0.01" + SMALL + "+ec=0+noise=0.5"),
+    ("EC beside noise, write-only, kgain", "writeonly+dv=1" + SMALL + "+kgain=1", "writeonly+dv=1" + SMALL + "+kgain=1+ec=0+noise=0.5"),
     ("Noise beside EC, write-only, small read", "writeonly+dv=1" + SMALL, "writeonly+dv=1" + SMALL + "+noise=0"),
     ("Noise beside EC, additive, small read", "additive+bnorm=0.01" + SMALL + NOISE, "additive+bnorm=0.01" + SMALL + "+ec=1"),
+    ("kgain, write-only, small read, EC, noise", "writeonly+dv=1" + SMALL + "+kgain=1", "writeonly+dv=1" + SMALL),
+    ("kgain, write-only, small read, noise alone", "writeonly+dv=1" + SMALL + "+kgain=1+ec=0+noise=0.5", "writeonly+dv=1" + SMALL + "+ec=0+noise=0.5"),
     ("Small read, mended, cool logit", "mended+dv=1" + SMALL, "mended+dv=1+zscale=0.01"),
     ("Small read, write-only, zscale=0", "writeonly+dv=1" + SMALL + "+zscale=0", "writeonly+dv=1+zscale=0"),
     ("Small read, additive from 0.01, EC, noise", "additive+bnorm=0.01" + SMALL + NOISE, "additive+bnorm=0.01" + NOISE),
@@ -44,13 +49,19 @@ CONTRASTS = [
 ]  # fmt: skip
 
 
-def read() -> dict[str, list[dict]]:
-    forms = defaultdict(list)
+def read() -> tuple[dict[str, list[dict]], dict[tuple[str, str], list[dict]]]:
+    """The rows at RATE by form, and those at other rates by form and rate."""
+    forms, others = defaultdict(list), defaultdict(list)
     for name in ("earlier.jsonl", "rows.jsonl"):
         for line in (HERE / name).read_text().splitlines():
             row = json.loads(line)
-            forms[row["spec"].partition("@")[0]].append(row)
-    return forms
+            form, _, rest = row["spec"].partition("@")
+            rate = rest.partition("#")[0]
+            if float(rate) == float(RATE):
+                forms[form].append(row)
+            else:
+                others[form, rate].append(row)
+    return forms, others
 
 
 def mean(rows: list[dict], key: str = "val") -> float:
@@ -92,6 +103,21 @@ def table(forms: dict[str, list[dict]]) -> str:
         cells += [figure(logged(rows, "length")), figure(logged(rows, "product_varies"))]
         cells += [figure(logged(rows, "beta_varies", True))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def rates(forms: dict[str, list[dict]], others: dict[tuple[str, str], list[dict]]) -> str:
+    """Forms that have a second rate, at each of their rates; beside it the difference from RATE, where the form has it."""
+    lines = ["| form | rate | seeds | val, all 960 | val, first 480 | less the same at " + RATE + " |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    deviation = pooled_deviation(forms)
+    for form in dict.fromkeys(form for form, _ in others):
+        base = forms.get(form, [])
+        groups = [(rate, rows) for (name, rate), rows in others.items() if name == form] + ([(RATE, base)] if base else [])
+        for rate, rows in sorted(groups, key=lambda group: float(group[0])):
+            apart = ""
+            if base and rows is not base:
+                apart = f"{mean(rows) - mean(base):+.4f} ± {deviation * (1 / len(rows) + 1 / len(base)) ** 0.5:.4f}"
+            lines.append(f"| `{form}` | {rate} | {len(rows)} | {mean(rows):.4f} | {mean(rows, 'val_480'):.4f} | {apart} |")
     return "\n".join(lines)
 
 
@@ -140,21 +166,23 @@ def plot(forms: dict[str, list[dict]]) -> None:
         ("additive", "o", "none", "0.3"), ("d_v = 1 (DDL's write)", "s", "none", "0.3"), ("filled: read from 0.01", "s", "0.3", "0.3"),
         ("EC with noise", "o", "C2", "C2"), ("without", "o", "C3", "C3"),
     ]:  # fmt: skip
-        right.plot([], [], ls="", marker=marker, mfc=face, mec=color, label=name)
-    right.legend(fontsize=8)
+        middle.plot([], [], ls="", marker=marker, mfc=face, mec=color, label=name)
+    middle.legend(fontsize=8, loc="lower right")
     figure.suptitle("No candidate alone makes the gain: it needs EC with noise (green) and the small read (filled) together")
     for suffix in ("png", "svg"):
         figure.savefig(HERE / f"what-makes-the-gain.{suffix}", dpi=110, metadata={"Date": None} if suffix == "svg" else None)
 
 
 def main() -> None:
-    forms = read()
+    forms, others = read()
     lines = [f"{what}: {difference:+.4f} ± {error:.4f} ({a}, {b} seeds)" for what, difference, error, a, b in differences(forms)]
     print(f"pooled standard deviation of a seed {pooled_deviation(forms):.4f}", *lines, sep="\n")
     readme = HERE / "README.md"
     text = readme.read_text()
-    block = f"<!-- table: report.py -->\n{table(forms)}\n<!-- end of table -->"
-    readme.write_text(re.sub(r"<!-- table: report.py -->.*?<!-- end of table -->", lambda _: block, text, flags=re.DOTALL))
+    for name, content in ("table", table(forms)), ("rates", rates(forms, others)):
+        block = f"<!-- {name}: report.py -->\n{content}\n<!-- end of {name} -->"
+        text = re.sub(rf"<!-- {name}: report.py -->.*?<!-- end of {name} -->", lambda _, block=block: block, text, flags=re.DOTALL)
+    readme.write_text(text)
     plot(forms)
 
 
