@@ -60,6 +60,7 @@ def compare(study: Study, command: str) -> dict[str, Any]:
             for arm in baselines
             for budget in study.budgets
             for seed in study.seeds
+            if _with_budget(recipes[arm.name], budget).steps != recipes[arm.name].steps
         ]
     )
     speed = measure_speed(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from deep_delta.train.checkpoint import load_optimizer, save_checkpoint
 from deep_delta.train.devices import Devices
 from deep_delta.train.groups import parameter_groups
 from deep_delta.train.metrics import Metrics
-from deep_delta.train.processes import everyones, processes, rank
+from deep_delta.train.processes import everyones, rank
 from deep_delta.train.recipe import Recipe
 from deep_delta.train.schedule import rate_factor
 from deep_delta.train.stop import NotFinite, StopOnSignal
@@ -117,7 +118,8 @@ class Loop:
         recipe, devices = self.recipe, self.devices
         self.watch.begin(f"step {self.step + 1}", "its batch")
         # Attention's dropout, where there is one, is the step's own too.
-        torch.manual_seed((recipe.seed * 2**32 + self.step) * processes() + rank())
+        own = np.random.SeedSequence([recipe.seed, self.step, rank()])
+        torch.manual_seed(int(own.generate_state(1, np.uint64)[0]))
         factor = rate_factor(recipe, self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor

@@ -290,7 +290,7 @@ def searched(micro_data, tmp_path_factory):
     prepare([str(source)], folder / "data", val_fraction=0.2, test_fraction=0.2)
     recipe = micro_recipe(folder / "data", folder / "out")
     arms = ["additive", "one gate = ddl-cc gate=layer", "given = ddl-scalar lr=2e-3"]
-    given = {"lr": "1e-3,4e-3,1e30", "rate_seeds": "7,8", "budgets": "128,256"}
+    given = {"lr": "1e-3,4e-3,1e30", "rate_seeds": "7,8", "budgets": "128,256,384"}
     return compare(recipe, arms, [0, 1, 2], **given), folder / "out"
 
 

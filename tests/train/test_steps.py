@@ -145,3 +145,18 @@ def test_precision_and_checkpointing_train(micro_data, tmp_path, precision):
     rows = [row["loss"] for row in rows_of(recipe.run_folder, "loss")]
     assert rows[-1] < rows[0] - 1
     assert {tensor.dtype for tensor in weights(recipe.run_folder).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_dropout_is_the_steps_own(micro_data, tmp_path, seed):
+    """What came before a step, and how often it was resumed, changes nothing of it."""
+    fields = {"model": {"attention_dropout": 0.3}, "save_every": 3, "seed": seed}
+    whole = micro_recipe(micro_data, tmp_path / "whole", **fields)
+    train(whole)
+    start = str(whole.run_folder / "checkpoint-3")
+    rest = micro_recipe(micro_data, tmp_path / "rest", resume=start, **fields)
+    train(rest)
+    assert losses(rest.run_folder) == [row for row in losses(whole.run_folder) if row[0] > 3]
+    plain = micro_recipe(micro_data, tmp_path / "plain", seed=seed)
+    train(plain)
+    assert losses(plain.run_folder) != losses(whole.run_folder)
