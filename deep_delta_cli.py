@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from deep_delta_options import COMPARE, COMPARE_REPEATED, make_parser
+from deep_delta_options import COMPARE, COMPARE_REPEATED, parse
 
 COMPARE_DEFAULTS = {"out": "runs/compare", "trackers": "none"}  # its report has the curves
 # Fields of a recipe that compare sets itself.
@@ -24,11 +24,7 @@ INTERRUPTED = SIGNALLED + 2  # Ctrl-C
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors a person can mend are one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options, rest = make_parser().parse_known_args(words)
-    if hasattr(options, "takes_recipes"):
-        # Those before the first option; behind an option, a word is its value.
-        first = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
-        options.recipes, rest = rest[:first], rest[first:]
+    options, rest = parse(words)
     if rest and hasattr(options, "known"):
         near = difflib.get_close_matches(rest[0], [f"--{name}" for name in options.known], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"see ddl {words[0]} --help"

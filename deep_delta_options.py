@@ -1,7 +1,7 @@
 """The options of the command `ddl`: what may be typed, and how it is read."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,18 @@ BENCH_BOTH: dict[str, tuple[Any, ...]] = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"ddl: {message} (see {self.prog} --help)\n")
+
+
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command, and the words that only a recipe knows; ends the program on errors.
+
+    `recipes` are the words before the first option: behind an option, a word is its value.
+    """
+    options, rest = make_parser().parse_known_args(words)
+    if hasattr(options, "takes_recipes"):
+        first = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
+        options.recipes, rest = rest[:first], rest[first:]
+    return options, rest
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """The commands of docs/pretraining.md exist, and its figures follow from the speeds beside them."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 from helpers import REPO
 
-from deep_delta.train import Recipe, load_recipe, make_recipe, merge, parse_overrides
-from deep_delta_options import make_parser
+from deep_delta.compare import parse_arm, read_study
+from deep_delta.train import Recipe, load_recipe, merge, parse_overrides
+from deep_delta_cli import COMPARE_DEFAULTS
+from deep_delta_options import parse
 
 TEXT = (REPO / "docs" / "pretraining.md").read_text(encoding="utf-8")
 SLURM = "slurm.sh"
@@ -28,7 +31,7 @@ def commands() -> list[list[str]]:
 
 
 def recipe_of(words: list[str]) -> Recipe:
-    options, rest = make_parser().parse_known_args(["train", *words])
+    options, rest = parse(["train", *words])
     return merge(load_recipe(*options.recipes), parse_overrides(rest))
 
 
@@ -39,21 +42,23 @@ def test_every_command_is_understood():
         if words[0] == "train":
             recipe_of(words[1:])
         elif words[0] != "compare":
-            _, unknown = make_parser().parse_known_args(words)
+            _, unknown = parse(words)
             assert not unknown
 
 
 def test_the_comparison_takes_the_runs_trained_before_it():
     (compared,) = (words for words in commands() if words[0] == "compare")
-    options, rest = make_parser().parse_known_args(compared)
+    options, rest = parse(compared)
     out = parse_overrides(rest)["out"]
     (trained,) = (
         recipe_of(words[1:]) for words in commands() if words[0] == "train" and out in words
     )
     assert trained.variant in options.variants.split(",")
     assert str(trained.seed) in options.seeds.split(",")
-    fields = make_recipe({**parse_overrides(rest), "variant": trained.variant, "seed": 1})
+    study = read_study(options.recipes, {}, parse_overrides(rest), COMPARE_DEFAULTS)
+    fields = dataclasses.replace(study.recipe_of(parse_arm(trained.variant)), seed=trained.seed)
     assert not fields.differences(trained)
+    assert fields.run_folder == trained.run_folder
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((\.\./[^)]*|[^)/:]*\.md)\)", TEXT))))

@@ -74,18 +74,23 @@ def parse_arm(text: str) -> Arm:
 
 def arm_of(name: str, value: Any) -> Arm:
     """An arm of a YAML file: its name, and text as `parse_arm` reads it or a mapping of fields."""
+    if not name.strip():
+        raise UserError(f"an arm of {value!r} has no name")
     if value is None:
         return parse_arm(name)
     if isinstance(value, str):
         return dataclasses.replace(parse_arm(value), name=name)
     if not isinstance(value, dict):
         raise UserError(f"arm {name} is {value!r}; it must be a variant, 'VARIANT f=v' or fields")
-    flat: dict[str, Any] = {}
-    for field, own in value.items():
-        if field == "model" and isinstance(own, dict):
-            flat |= {field_of(name, f"model.{key}"): item for key, item in own.items()}
-        else:
-            flat[field_of(name, str(field))] = own
+    model = value.get("model")
+    inner = model if isinstance(model, dict) else {}
+    fields = {
+        **{str(field): own for field, own in value.items() if own is not inner},
+        **{f"model.{field}": own for field, own in inner.items()},
+    }
+    flat = {field_of(name, field): own for field, own in fields.items()}
+    if len(flat) != len(fields):
+        raise UserError(f"arm {name}: a field is given twice")
     return Arm(name, flat)
 
 

@@ -5,7 +5,6 @@ others take the next one.
 """
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
@@ -132,8 +131,6 @@ def _trained(recipe: Recipe) -> RunResult:
         return train(recipe)
     except Diverged:  # a result like others, and no reason to stop the rest
         return read_result(recipe.run_folder)
-    finally:
-        gc.collect()  # the next run's peak memory starts without this one's model
 
 
 def _in_turn(recipes: Sequence[Recipe]) -> list[RunResult]:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ DEFAULT_ARMS = ("additive", "additive-expanded", "write-only-cc", "ddl-cc", "ddl
 DEFAULT_SEEDS = (0, 1, 2)
 DEFAULT_BASELINE = "additive"
 DEFAULT_RATE_SEED = 1000  # far from the seeds that people report
+RESERVED = r"^data$|\.(json|csv|html|png|svg)$"  # what lies beside the arms' folders
 # Fields of a recipe that a comparison decides, or its arms do.
 DECIDED = ("variant", "seed", "resume", "name", "init")
 # Of a study's YAML file, beside fields of a recipe. `lr` may be a list there.
@@ -60,7 +62,7 @@ class Study:
         several: dict[str, Sequence[Any]] = {
             "arms": names,
             "seeds": self.seeds,
-            "lr": self.rates,
+            "lr": [f"{rate:g}" for rate in self.rates],  # as folders are called
             "rate_seeds": self.rate_seeds,
             "budgets": self.budgets,
             "contrasts": self.contrasts,
@@ -105,11 +107,12 @@ class Study:
         return arm.recipe(merge(self.recipe, {**rate, "name": arm.folder}))
 
     def check_budgets(self) -> None:
-        """UserError for a budget that the data does not have, or shorter than a step."""
-        recipe = self.recipe
-        per_step = recipe.batch_size * recipe.seq_len
-        if not self.budgets:
+        """UserError for a budget that the data does not have, or that is no length of its own."""
+        baselines = [arm for arm in self.arms if arm.name == self.baseline]
+        if not self.budgets or not baselines:
             return
+        recipe = self.recipe_of(baselines[0])
+        per_step = recipe.batch_size * recipe.seq_len
         bundled = recipe.data == "bundled"
         folder = prepare_bundled(Path(recipe.out) / "data") if bundled else Path(recipe.data)
         there = len(TokenShards.open(folder, "train", verify=False))
@@ -122,16 +125,30 @@ class Study:
                 raise UserError(
                     f"a budget of {budget:,} tokens is shorter than a step of {per_step:,}"
                 )
+        steps = [round(budget / per_step) for budget in self.budgets]
+        if len(set(steps)) != len(steps):
+            raise UserError(f"two budgets are the same number of steps of {per_step:,} tokens")
 
     def _check_arms(self) -> None:
         seen: dict[str, str] = {}
         folders: dict[str, str] = {}
         for arm in self.arms:
+            if re.search(RESERVED, arm.folder, re.IGNORECASE):
+                raise UserError(f"arm {arm.name} would have the place of a file of the comparison")
             recipe = self.recipe_of(arm)
+            if recipe.batch_size % (recipe.micro_batch_size or 1):
+                raise UserError(
+                    f"arm {arm.name}: batch_size {recipe.batch_size} is not a multiple of "
+                    f"micro_batch_size {recipe.micro_batch_size}"
+                )
+            try:
+                config = model_config(recipe)
+            except UserError as error:
+                raise UserError(f"arm {arm.name}: {error}") from None
             trained = {
                 **dataclasses.asdict(recipe),
                 **dict.fromkeys(("name", "variant", "size", "parameterization")),
-                "model": model_config(recipe).to_dict(),
+                "model": config.to_dict(),
             }
             for known, value in ((seen, repr(trained)), (folders, arm.folder.lower())):
                 if value in known:
@@ -175,13 +192,17 @@ def make_study(recipe: Recipe, given: Mapping[str, Any]) -> Study:
     baseline = given.get("baseline")
     if baseline is None and DEFAULT_BASELINE in names:
         baseline = DEFAULT_BASELINE
-    contrasts = [_pair(value) for value in given.get("contrasts", ())]
+    contrasts = given.get("contrasts") or ()
+    if isinstance(contrasts, str):
+        contrasts = [contrasts]
+    if not _is_list(contrasts):
+        raise UserError(f"contrasts is {contrasts!r}; it must be a list of pairs of arms")
     return Study(
         recipe,
         arms,
         _numbers("seeds", given.get("seeds", DEFAULT_SEEDS), _whole),
         baseline,
-        contrasts,
+        [_pair(value) for value in contrasts],
         _numbers("lr", given.get("lr", ()), float),
         _numbers("rate_seeds", given.get("rate_seeds", (DEFAULT_RATE_SEED,)), _whole),
         _numbers("budgets", given.get("budgets", ()), _whole),
@@ -198,6 +219,8 @@ def _arms(given: Mapping[str, Any]) -> list[Arm]:
             raise UserError(f"arms is {arms!r}; it must be a list, or names with their fields")
         found += [parse_arm(str(text)) for text in arms]
     if variants is not None:
+        if not isinstance(variants, str) and not _is_list(variants):
+            raise UserError(f"variants is {variants!r}; it must be names of variants")
         words = variants.split(",") if isinstance(variants, str) else list(variants)
         found += [parse_arm(str(word).strip()) for word in words]
     if arms is None and variants is None:
@@ -216,6 +239,8 @@ def _numbers(name: str, value: Any, kind: Callable[[Any], T]) -> list[T]:
     """A list of numbers, or text with commas between them; UserError for one that is none."""
     words = value.split(",") if isinstance(value, str) else value if _is_list(value) else [value]
     try:
+        if any(isinstance(word, bool) for word in words):
+            raise ValueError(value)
         found = [kind(word) for word in words]
     except (TypeError, ValueError, OverflowError):
         shown = value if isinstance(value, str) else ",".join(map(str, words))
@@ -228,7 +253,7 @@ def _numbers(name: str, value: Any, kind: Callable[[Any], T]) -> list[T]:
 
 def _whole(value: Any) -> int:
     number = float(value)
-    if number != int(number) or isinstance(value, bool):
+    if number != int(number):
         raise ValueError(value)
     return int(number)
 

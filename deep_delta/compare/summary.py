@@ -78,7 +78,7 @@ def _arm(runs: Sequence[Training], choice: Choice | None, judged_on: str) -> dic
     losses = {
         name: _spread([run.losses[name] for run in runs]) for name in ("val_loss", "test_loss")
     }
-    untested = all(result.test_loss is None for result in results)
+    untested = judged_on == "val_loss" and all(result.test_loss is None for result in results)
     return {
         "arm": first.arm.name,
         "fields": dict(first.arm.fields),

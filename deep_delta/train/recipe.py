@@ -26,6 +26,7 @@ _FREE_TO_CHANGE = {
 }  # fmt: skip
 REORDERS_SUMS = {"rebuild", "backend"}  # fields of the model's configuration, likewise
 NAME = r"[^/\\.][^/\\]*(/[^/\\.][^/\\]*)*"  # of a folder, and of folders in it; none is hidden
+MOST_BYTES = 200  # of a folder's name; file systems take 255, and a lock file's is a little longer
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SHIPPED = Path(str(files("deep_delta") / "recipes"))  # has launch/slurm.sh too
 
@@ -150,6 +151,8 @@ class Recipe:
 
         if self.name is not None and not re.fullmatch(NAME, self.name):
             raise UserError(f"name is {self.name!r}; it must be the name of a folder below OUT")
+        if any(len(part.encode()) > MOST_BYTES for part in self.label.split("/")):
+            raise UserError(f"the name {self.label[:40]}… is too long: {MOST_BYTES} bytes at most")
 
     @property
     def label(self) -> str:

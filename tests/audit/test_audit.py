@@ -77,6 +77,7 @@ def page_of(folder) -> Page:
 
 @needs_chromium
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.slow
 def test_the_page_in_a_browser(run, checkpoint, tmp_path, scheme):
     run(checkpoint("ddl-cc"), checkpoint("additive"))
     plots = list((tmp_path / "out").glob("*.png"))

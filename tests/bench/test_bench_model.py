@@ -26,6 +26,7 @@ def rows(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_additive_comes_first_and_all_are_timed_in_turns(rows, capsys):
     status, found = rows("--variants", "ddl-cc,additive")
     assert status == 0

@@ -202,6 +202,7 @@ def test_a_second_call_trains_nothing_and_prints_the_table(finished, micro_data,
     assert f"report: {out / 'report.html'}" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_with_what_is_missing(
     micro_data, tmp_path, trained, out, finished
 ):
@@ -290,10 +291,12 @@ def searched(micro_data, tmp_path_factory):
     prepare([str(source)], folder / "data", val_fraction=0.2, test_fraction=0.2)
     recipe = micro_recipe(folder / "data", folder / "out")
     arms = ["additive", "one gate = ddl-cc gate=layer", "given = ddl-scalar lr=2e-3"]
+    arms.append("lost = ddl-scalar lr=1e30")
     given = {"lr": "1e-3,4e-3,1e30", "rate_seeds": "7,8", "budgets": "128,256,384"}
     return compare(recipe, arms, [0, 1, 2], **given), folder / "out"
 
 
+@pytest.mark.slow
 def test_every_arm_is_reported_at_its_own_best_rate(searched):
     summary, _ = searched
     chosen = {
@@ -325,21 +328,29 @@ def test_every_arm_is_reported_at_its_own_best_rate(searched):
             assert run["lr"] == chosen[run["arm"]][0]
 
 
+@pytest.mark.slow
 def test_what_is_judged_is_the_test_text(searched):
     summary, _ = searched
     assert summary["judged_on"] == "test_loss"
     by_arm = {entry["arm"]: entry for entry in summary["arms"]}
     runs = [run for run in summary["runs"] if run["purpose"] == "reported"]
+    lost = by_arm.pop("lost")  # an arm without a loss, and the report is there all the same
+    assert lost["test_loss"] == {"mean": None, "spread": None, "n": 3}
+    assert lost["perplexity"] is None
     for arm, entry in by_arm.items():
         losses = [run["test_loss"] for run in runs if run["arm"] == arm]
         assert entry["test_loss"]["mean"] == pytest.approx(statistics.mean(losses))
         assert entry["perplexity"] == pytest.approx(math.exp(statistics.mean(losses)))
         assert entry["test_loss"]["mean"] != entry["val_loss"]["mean"]
     for contrast in summary["contrasts"]:
+        if contrast["arm"] == "lost":
+            assert contrast["verdict"] == "diverged: no interval"
+            continue
         means = [by_arm[contrast[side]]["test_loss"]["mean"] for side in ("arm", "reference")]
         assert contrast["mean"] == pytest.approx(means[0] - means[1])
 
 
+@pytest.mark.slow
 def test_the_baselines_curve_prices_the_others(searched):
     summary, _ = searched
     assert [point["tokens"] for point in summary["curve"]] == [128, 256, 384]
@@ -353,23 +364,25 @@ def test_the_baselines_curve_prices_the_others(searched):
         assert (row["baseline_tokens"] is None) == (row["beyond"] is not None)
 
 
+@pytest.mark.slow
 def test_folders_say_arm_rate_and_budget(searched):
     _, out = searched
     names = {path.parent.relative_to(out).as_posix() for path in out.rglob("result.json")}
     arms = {path.split("/")[0] for path in names}
-    assert arms == {"additive", "one_gate", "given"}
+    assert arms == {"additive", "one_gate", "given", "lost"}
     assert "given/seed-0" in names
     assert "one_gate/lr-1e+30/seed-8" in names
     assert sum("/tokens-128/" in name for name in names) == 3
 
 
+@pytest.mark.slow
 def test_rows_for_people_who_compute(searched):
     summary, out = searched
     with (out / "runs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(summary["runs"]) == 2 * 3 * 2 + 3 * 3 + 2 * 3
+    assert len(rows) == len(summary["runs"]) == 2 * 3 * 2 + 4 * 3 + 2 * 3
     gates = {row["arm"]: row["model.gate"] for row in rows}
-    assert gates == {"additive": "", "one gate": "layer", "given": ""}
+    assert gates == {"additive": "", "one gate": "layer", "given": "", "lost": ""}
 
 
 def test_validation_text_is_spread_over_all_documents(micro_data, tmp_path):

@@ -97,6 +97,7 @@ def in_turn(monkeypatch):
     monkeypatch.setattr(machines, "TICK", 0.05)
 
 
+@pytest.mark.slow
 def test_workers_train_what_one_process_would(micro_data, tmp_path, two_devices, monkeypatch):
     recipes = grid(micro_data, tmp_path / "together", 2, steps=3)
     recipes.insert(1, micro_recipe(  # a result like others
@@ -212,6 +213,7 @@ def test_workers_leave_a_held_run_for_later(micro_data, tmp_path, two_devices, c
     assert capsys.readouterr().err.count("waiting for") == 1
 
 
+@pytest.mark.slow
 def test_a_held_run_is_left_for_later(micro_data, tmp_path, in_turn, capsys):
     """Another machine, say, trains the first run, and is done in a while."""
     recipes = grid(micro_data, tmp_path, 3, trackers="none", steps=2)

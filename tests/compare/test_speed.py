@@ -71,8 +71,16 @@ def test_a_slower_arm_has_a_ratio_below_one(micro_data, tmp_path, clock):
     ]  # fmt: skip
 
 
-def test_one_late_round_is_not_steady_and_gives_no_ratio(micro_data, tmp_path, clock):
-    clock.late = (8,)  # in the second round of two
+def test_one_late_round_of_five_is_left_out(micro_data, tmp_path, clock):
+    clock.late = (8,)
+    found = measure_speed(arms(micro_data, tmp_path, "additive", "ddl-cc"), "additive")
+    assert found["steady"] is True
+    entry = found["arms"]["ddl-cc"]
+    assert (entry["ratio"], entry["high"]) == pytest.approx((0.8, 1.6))
+
+
+def test_two_late_rounds_are_not_steady_and_give_no_ratio(micro_data, tmp_path, clock):
+    clock.late = (8, 12)  # the baseline's steps in the second round and the fourth
     found = measure_speed(arms(micro_data, tmp_path, "additive", "ddl-cc"), "additive")
     assert found["steady"] is False
     assert [entry["ratio"] for entry in found["arms"].values()] == [None, None]

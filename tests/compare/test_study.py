@@ -66,6 +66,17 @@ def study(**given):
         ({"arms": ["a = ddl-cc lr=fast"]}, "arm a: lr is 'fast'; it must be a number"),
         ({"arms": ["a = ddl-cc lr=-1"]}, "lr is -1"),
         ({"arms": []}, "at least one arm"),
+        ({"arms": ["a = ddl-cc gate=3"]}, "arm a: "),
+        ({"arms": ["a = ddl-cc micro_batch_size=3"]}, "arm a: batch_size 4 is not a multiple"),
+        ({"arms": ["summary.json = ddl-cc"]}, "the place of a file of the comparison"),
+        ({"arms": ["data = ddl-cc"]}, "the place of a file of the comparison"),
+        ({"arms": ["x" * 300 + " = ddl-cc"]}, "is too long: 200 bytes at most"),
+        ({"arms": {"": "ddl-cc"}}, "has no name"),
+        ({"arms": {"a": {"gate": "layer", "model": {"gate": "token"}}}}, "arm a: a field is given"),
+        ({"variants": 5}, "variants is 5"),
+        ({"contrasts": 5}, "contrasts is 5"),
+        ({"lr": [True, 1e-3]}, "it must be numbers"),
+        ({"lr": "1e-3,1.0000001e-3"}, "lr has repeats"),
         ({"arms": {"a": 3}}, "arm a is 3; it must be a variant"),
         ({"arms": "additive"}, "it must be a list, or names with their fields"),
         ({"variants": ""}, "says nothing"),
@@ -95,8 +106,13 @@ def test_what_does_not_fit_is_one_line_before_anything_trains(given, said):
 
 def test_budgets_longer_than_the_data_are_refused(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path)
-    for budget, said in (("1e9", "longer than the data, which has 1,510"), ("10", "than a step")):
-        asked = make_study(recipe, {"arms": ["additive", "ddl-cc"], "budgets": budget})
+    for arm, budget, said in (
+        ("additive", "1e9", "longer than the data, which has 1,510"),
+        ("additive", "10", "than a step"),
+        ("additive = additive batch_size=8", "64,256", "than a step of 128"),
+        ("additive", "128,129", "the same number of steps"),
+    ):
+        asked = make_study(recipe, {"arms": [arm, "ddl-cc"], "budgets": budget})
         assert said in user_error(asked.check_budgets)
 
 
@@ -105,6 +121,9 @@ def test_contrasts_are_with_the_baseline_unless_declared():
         ("ddl-cc", "additive"), ("ddl-tc", "additive"),
     ]  # fmt: skip
     assert study(arms=["ddl-cc", "ddl-tc"]).pairs == []
+    assert study(arms=["additive", "ddl-cc"], contrasts=None).pairs == [("ddl-cc", "additive")]
+    declared = study(arms=["additive", "ddl-cc"], contrasts="additive - ddl-cc")
+    assert declared.pairs == [("additive", "ddl-cc")]
     assert study(arms=["ddl-cc", "ddl-tc"], baseline="ddl-tc").pairs == [("ddl-cc", "ddl-tc")]
     given = {"arms": ["additive", "ddl-cc", "x - y = ddl-tc"], "contrasts": [["ddl-cc", "x - y"]]}
     assert study(**given).pairs == [("ddl-cc", "x - y")]

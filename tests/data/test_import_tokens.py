@@ -33,6 +33,7 @@ def given(tmp_path) -> tuple[Path, Path, Path]:
     return train, val, tmp_path
 
 
+@pytest.mark.slow
 def test_folder_holds_the_ids_and_counts_their_text(given, tmp_path):
     train, val, tokenizer = given
     done = run(train, val, "--tokenizer", tokenizer, "--out", tmp_path / "out")
@@ -47,6 +48,7 @@ def test_folder_holds_the_ids_and_counts_their_text(given, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["folder exists", "odd bytes", "unknown id", "no file"])
+@pytest.mark.slow
 def test_bad_input_is_one_line(fault, given, tmp_path):
     train, val, tokenizer = given
     out = tmp_path if fault == "folder exists" else tmp_path / "out"

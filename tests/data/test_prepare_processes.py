@@ -68,6 +68,7 @@ def whole(fineweb, tmp_path) -> dict[str, bytes]:
     return shard_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_processes_or_row_groups(fineweb, whole, tmp_path, monkeypatch):
     prepare(fineweb, tmp_path / "three", **SETTINGS, processes=3)
     assert shard_bytes(tmp_path / "three") == whole

@@ -376,6 +376,7 @@ def test_hidden_states_by_number():
 
 @every_variant
 @torch.no_grad()
+@pytest.mark.slow
 def test_traced_call_with_positions_returns_its_cache(variant):
     """While a graph is traced nobody knows whether positions restart; a cache was asked for."""
     model, ids = model_of(variant), token_ids(1, 9)

@@ -74,6 +74,7 @@ def test_fused_layers_compile_whole(rebuild, checkpointing, graphs, quick_compil
         close(parameter.grad, other.grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_compile_too(quick_compile):
     plain, model = (shaken(tiny_model("ddl-cc"), 0.1).train() for _ in range(2))
     compile_layers(model)
@@ -123,6 +124,7 @@ def test_options_hold_for_a_call_and_lower_no_limit():
     assert dynamo_options() == before
 
 
+@pytest.mark.slow
 def test_copy_of_a_compiled_model_computes_with_its_own_weights():
     model = compile_layers(tiny_model())
     copied = copy.deepcopy(model)

@@ -51,6 +51,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [*QUICK, *(pytest.param(name, marks=slow) for name in VARIANTS if name not in QUICK)]
 )
+@pytest.mark.slow
 def test_variant_is_the_reference(variant, parameterization):
     agree(DeepDeltaConfig.from_preset(variant, "tiny", parameterization=parameterization, **SIZE))
 
@@ -83,6 +84,7 @@ def test_rebuilding_changes_no_gradient(variant):
 
 
 @pytest.mark.parametrize("variant", ["ddl-cc", pytest.param("additive-expanded", marks=slow)])
+@pytest.mark.slow
 def test_rebuilding_changes_no_logit_and_no_hidden_state(variant):
     ids, outputs = token_ids(1, 4).to(DEVICE), []
     for rebuild in (0, 1, "memory"):
@@ -98,6 +100,7 @@ def test_rebuilding_changes_no_logit_and_no_hidden_state(variant):
 
 
 @pytest.mark.parametrize("channels", [1, pytest.param(3, marks=slow)])
+@pytest.mark.slow
 def test_residuals_of_all_kinds_follow_each_other(channels):
     """Whatever is pending, and whether the state is stored: delta, twice additive, write-only."""
     results = []
@@ -138,6 +141,7 @@ def test_packed_documents_are_the_reference():
 
 
 @pytest.mark.parametrize("variant", [pytest.param("ddl-cc", marks=slow), "ddl-tc"])
+@pytest.mark.slow
 def test_decoding_with_a_cache_is_the_reference(variant):
     """Token by token, with a padded beginning: the compressor sees more than the state."""
     ids, mask = token_ids(2, 5).to(DEVICE), torch.ones(2, 5, dtype=torch.long, device=DEVICE)

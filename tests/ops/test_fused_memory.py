@@ -141,6 +141,7 @@ def test_gradients_from_rebuilt_states_are_those_from_kept_ones_bit_for_bit(
 
 
 @pytest.mark.parametrize("rebuild", [1, 3])
+@pytest.mark.slow
 def test_what_stands_in_for_a_state_is_never_read(rebuild, poison):
     """Neither by the next read nor by a backward pass; a state that is stored is whole."""
     expected = chain(0, torch.float32, 1, True, [])
@@ -251,6 +252,7 @@ def states_kept(rebuild: int) -> int:
     return sum(numel == 3 * 63 * 2 for numel in shapes.values())
 
 
+@pytest.mark.slow
 def test_rebuilding_keeps_fewer_states():
     """The first, and of the five that are written all, every second, every fourth."""
     assert [states_kept(rebuild) for rebuild in (0, 1, 3)] == [1 + 5, 1 + 3, 1 + 2]

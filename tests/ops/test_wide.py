@@ -71,6 +71,7 @@ def test_tokens_need_not_divide_among_programs(processors, monkeypatch):
     right(case.read, case.tensors())
 
 
+@pytest.mark.slow
 def test_gradients_from_rebuilt_states_are_those_from_kept_ones(launched):
     """Bit for bit."""
     expected = chain(0, torch.float32, 1, True, [])
@@ -78,6 +79,7 @@ def test_gradients_from_rebuilt_states_are_those_from_kept_ones(launched):
     assert launched.count("wide_backward") == 12
 
 
+@pytest.mark.slow
 def test_half_precision_is_the_reference_and_two_runs_agree():
     case = Case(channels=2)
     right(case.read, case.tensors(), torch.float16)

@@ -231,6 +231,7 @@ def test_missing_matplotlib_is_the_users_to_put_right(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_matplotlib() -> None:
     # What the rest of deep_delta imports is not this package's doing: look at what is added.
     code = (

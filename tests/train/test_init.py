@@ -111,6 +111,7 @@ def test_any_model_begins_with_its_weights_and_a_new_optimizer(micro_data, tmp_p
     begins_as_its_checkpoint(start, micro_data, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trained_one_forgets_its_moments(final, micro_data, tmp_path):
     begins_as_its_checkpoint(final, micro_data, tmp_path)
     checkpoint = tuning(micro_data, tmp_path / "long", final, steps=2, save_every=2)
@@ -308,6 +309,7 @@ def test_names_count_where_they_are_said(final, micro_data, tmp_path, capsys):
     assert "compare takes no --init" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_can_be_begun_with(final, micro_data, tmp_path):
     first = micro_recipe(micro_data, tmp_path / "first", steps=2, save_every=1, trackers="none")
     train(first)
@@ -322,6 +324,7 @@ def test_what_cannot_be_resumed_can_be_begun_with(final, micro_data, tmp_path):
         train(dataclasses.replace(again, resume="auto", init=str(start), out=str(start.parent)))
 
 
+@pytest.mark.slow
 def test_from_a_path_a_run_keeps_what_it_began_with(final, micro_data, tmp_path):
     first = tuning(micro_data, tmp_path / "first", final, save_every=3)
     train(first)

@@ -27,6 +27,7 @@ def run(script, monkeypatch, *words: str) -> None:
     script.main()
 
 
+@pytest.mark.slow
 def test_table_has_both_sides_and_the_file_every_round(script, monkeypatch, tmp_path, capsys):
     file = tmp_path / "figures.json"
     run(script, monkeypatch, "--json", str(file))

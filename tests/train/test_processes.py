@@ -127,6 +127,7 @@ def quickly_compiled(recipe):
 
 
 @pytest.mark.parametrize("variant", ["ddl-cc", "ddl-tc"])
+@pytest.mark.slow
 def test_two_processes_with_shards_train_as_one(micro_data, tmp_path, variant):
     recipe = micro_recipe(micro_data, tmp_path / "alone", variant=variant, **FIELDS)
     train(recipe)
@@ -176,6 +177,7 @@ def test_another_wrapper_than_the_recipes_is_refused(micro_data, tmp_path):
         assert "DistributedDataParallel" in line
 
 
+@pytest.mark.slow
 def test_a_comparison_is_reported_once(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path)
     study = make_study(recipe, {"arms": ["additive", "ddl-cc"], "seeds": [0]})
@@ -189,6 +191,7 @@ def preempt_second(loop):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_signal_in_one_stops_all_and_any_number_goes_on(micro_data, tmp_path, alone):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     stops = together(watched, recipe, preempt_second)
@@ -281,6 +284,7 @@ def silent_second(recipe):
     return watched(recipe)
 
 
+@pytest.mark.slow
 def test_a_silent_process_is_given_up(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     (kind, line, _), _ = together(silent_second, recipe)
@@ -311,6 +315,7 @@ def test_what_fails_in_one_process_alone_is_said(micro_data, tmp_path):
     assert "no disk space left" in "".join(second)
 
 
+@pytest.mark.slow
 def test_what_all_refuse_is_said_once(micro_data, tmp_path, alone):
     recipe = micro_recipe(micro_data, alone[0].parent.parent, **{**FIELDS, "steps": 25})
     save_recipe(recipe, tmp_path / "recipe.yaml")
@@ -403,6 +408,7 @@ def plain(arguments):
     return stderr.getvalue()
 
 
+@pytest.mark.slow
 def test_a_planted_file_is_said_once(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     together(watched, recipe, preempt_second)

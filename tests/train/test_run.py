@@ -162,6 +162,7 @@ def test_a_gradient_that_is_no_number_is_found_before_the_loss_it_spoils(
     assert [place["sequence"] for place in report["sequences"]] == poisoned
 
 
+@pytest.mark.slow
 def test_waiting_for_data_is_training_time_and_saving_is_not(micro_data, tmp_path, monkeypatch):
     collate, save = loop.collate, loop.save_checkpoint
 
