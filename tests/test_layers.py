@@ -90,6 +90,7 @@ def test_kernels_need_triton_only():
     assert {name.split(".")[0] for name in outside} == {"triton"}
 
 
+@pytest.mark.slow
 def test_library_works_without_triton_and_imports_kernels_when_they_run():
     """Triton is optional. torch may import it for itself where it is installed."""
     code = (

@@ -85,6 +85,7 @@ def test_the_page_in_a_browser(run, checkpoint, tmp_path, scheme):
     check_page(tmp_path / "out" / "audit.html", len(plots), scheme)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_from_files_to_page(run, checkpoint, tmp_path):
     paths = checkpoint("ddl-cc"), checkpoint("additive")
     summary = run(*paths)
@@ -120,6 +121,7 @@ def test_two_checkpoints_from_files_to_page(run, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["additive-expanded", "write-only-scalar", "ddl-tc"])
+@pytest.mark.slow
 def test_one_checkpoint_of_any_kind(run, checkpoint, tmp_path, variant):
     run(checkpoint(variant))
     page = page_of(tmp_path / "out")

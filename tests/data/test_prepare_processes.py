@@ -162,6 +162,7 @@ def test_a_file_can_be_read_from_any_row(fineweb, start):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_max_tokens_ends_with_the_same_document(
     processes, fineweb, whole, tmp_path, monkeypatch, capsys
 ):

@@ -96,6 +96,7 @@ def test_read_is_the_reference_with_any_logits(case):
     Case(taps=9, documents=False, tokens=3, channels=1),  # longer than the sequence
     rarer=tuple(Case(taps=taps, documents=True, tokens=10, channels=1) for taps in (1, 4)),
 )
+@pytest.mark.slow
 def test_compressor_looks_at_no_other_document_or_sequence(case):
     right(case.read, case.tensors())
     right(case.reduce, case.tensors())

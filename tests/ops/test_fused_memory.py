@@ -72,6 +72,7 @@ def poison(monkeypatch):
     [*(pytest.param(c, marks=pytest.mark.slow) for c in KINDS[1:3]), KINDS[0], KINDS[3]],
     ids=str,
 )
+@pytest.mark.slow
 def test_every_number_of_a_result_is_written(case, poison):
     expected = [measure(call, case.tensors(), "triton") for call in (case.read, case.reduce)]
     made = poison()
@@ -101,6 +102,7 @@ def test_tokens_need_not_divide_among_programs(tokens, processors, monkeypatch):
 @pytest.mark.parametrize(
     "chunk", [1, 2, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (3, 100))]
 )
+@pytest.mark.slow
 def test_chunks_may_be_shorter_than_a_compressor_and_end_inside_a_document(chunk, monkeypatch):
     from deep_delta.ops import fused_launch
 
@@ -112,6 +114,7 @@ def test_chunks_may_be_shorter_than_a_compressor_and_end_inside_a_document(chunk
 
 
 @pytest.mark.parametrize("case", KINDS[-1:], ids=str)  # tests/gpu tries every kind
+@pytest.mark.slow
 def test_two_runs_agree_bit_for_bit(case):
     same(*(measure(case.read, case.tensors(), "triton") for _ in range(2)))
 
@@ -128,6 +131,7 @@ def test_two_runs_agree_bit_for_bit(case):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_gradients_from_rebuilt_states_are_those_from_kept_ones_bit_for_bit(
     rebuild, dtype, taps, wide
 ):

@@ -86,7 +86,9 @@ def same_end(folder, expected):
         close(tensor, expected[name], 1e-4)
 
 
-@pytest.mark.parametrize("micro", [None, 1], ids=["one pass", "two passes"])
+@pytest.mark.parametrize(
+    "micro", [None, pytest.param(1, marks=pytest.mark.slow)], ids=["one pass", "two passes"]
+)
 def test_two_processes_train_as_one(micro_data, tmp_path, alone, micro):
     recipe = micro_recipe(micro_data, tmp_path, micro_batch_size=micro, **FIELDS)
     (wrappers, first), (_, second) = together(watched, recipe)
@@ -201,6 +203,7 @@ def test_a_signal_in_one_stops_all_and_any_number_goes_on(micro_data, tmp_path, 
     same_end(recipe.run_folder, alone[0])
 
 
+@pytest.mark.slow
 def test_two_go_on_from_a_checkpoint_of_one(micro_data, tmp_path, alone):
     start = alone[0] / "checkpoint-10"
     recipe = micro_recipe(micro_data, tmp_path, resume=str(start), **FIELDS)
@@ -216,6 +219,7 @@ def kill_second(loop):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_others_and_restart_goes_on(micro_data, tmp_path, alone):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     began = time.monotonic()
@@ -233,6 +237,7 @@ def poison_second(loop):
             loop.bare.model.norm.weight.fill_(float("nan"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_stops_all(micro_data, tmp_path, alone):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     stops = together(watched, recipe, poison_second)
@@ -261,6 +266,7 @@ def misuse_gpu(loop):
         raise dist.DistBackendError("NCCL error:\nDuplicate GPU detected")
 
 
+@pytest.mark.slow
 def test_an_error_of_the_network_layer_is_not_hidden(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     (_, other, _), (_, own, _) = together(watched, recipe, misuse_gpu)
@@ -307,6 +313,7 @@ def said(arguments):
     return status, [line for line in stderr.getvalue().splitlines() if line.startswith("ddl: ")]
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_alone_is_said(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     save_recipe(recipe, tmp_path / "recipe.yaml")
@@ -328,6 +335,7 @@ def ending(recipe):
     return watched(recipe, poison_second)[0], signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_comparison_hears_signals_after_a_diverged_run(micro_data, tmp_path):
     recipe = micro_recipe(micro_data, tmp_path, **FIELDS)
     assert together(ending, recipe) == [("Diverged", True)] * 2
@@ -396,6 +404,7 @@ def failing_report(recipe):
         return type(error).__name__
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_names_the_lost_process(micro_data, tmp_path):
     assert together(failing_report, micro_recipe(micro_data, tmp_path)) == [
         "TypeError", "LostProcess",

@@ -286,6 +286,7 @@ def test_a_run_from_a_path_goes_on_by_the_same_command(micro_data, tmp_path, at_
         equal_weights(second.run_folder, whole)
 
 
+@pytest.mark.slow
 def test_from_a_path_other_checkpoints_are_not_taken(micro_data, tmp_path, at_pass, whole, capsys):
     """Neither those of another beginning nor, back in the same folder, the later ones."""
     recipe = micro_recipe(micro_data, tmp_path / "run", save_every=1, keep_checkpoints=4)
@@ -413,6 +414,7 @@ def test_a_folder_is_trained_in_by_one_at_a_time(micro_data, tmp_path):
     train(recipe)
 
 
+@pytest.mark.slow
 def test_resume_never_starts_over_and_keeps_the_earlier_run(micro_data, tmp_path, whole):
     recipe = micro_recipe(micro_data, tmp_path, save_every=2)
     train(recipe)
