@@ -18,7 +18,7 @@ from deep_delta.compare.training import BUDGET, RATE, REPORTED, Training
 from deep_delta.data.files import write_atomically, write_json_atomically
 from deep_delta.report import print_table, write_report
 from deep_delta.train import Recipe, RunResult, read_metrics
-from deep_delta.train.processes import lost_processes_named, on_main
+from deep_delta.train.processes import lost_processes_named, on_each, on_main
 
 
 def compare(study: Study, command: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def compare(study: Study, command: str) -> dict[str, Any]:
     Raises:
         UserError: budgets longer than the data, no rate without divergence, or what `train` raises.
     """
-    on_main(study.check_budgets)
+    on_each(study.check_budgets)
     searched = _train(
         [
             (arm, RATE, _at_rate(study, arm, rate), seed)
@@ -53,14 +53,14 @@ def compare(study: Study, command: str) -> dict[str, Any]:
     reported = _train(
         [(arm, REPORTED, recipes[arm.name], seed) for seed in study.seeds for arm in study.arms]
     )
-    baselines = [arm for arm in study.arms if arm.name == study.baseline]
+    baseline = study.baseline_arm
+    shortened = [_with_budget(recipes[baseline.name], n) for n in study.budgets] if baseline else []
     budgets = _train(
         [
-            (arm, BUDGET, _with_budget(recipes[arm.name], budget), seed)
-            for arm in baselines
-            for budget in study.budgets
+            (baseline, BUDGET, recipe, seed)
+            for recipe in shortened
             for seed in study.seeds
-            if _with_budget(recipes[arm.name], budget).steps != recipes[arm.name].steps
+            if baseline and recipe.steps != recipes[baseline.name].steps
         ]
     )
     speed = measure_speed(

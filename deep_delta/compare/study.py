@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from deep_delta.compare.arms import Arm, arm_of, parse_arm
-from deep_delta.data import TokenShards, prepare_bundled
+from deep_delta.data import TokenShards
 from deep_delta.errors import UserError
 from deep_delta.train import Recipe, make_recipe, merge, model_config
 from deep_delta.train.recipe import find_recipe, merged_fields, read_fields
+from deep_delta.train.texts import find_data
 
 T = TypeVar("T")
 
@@ -106,16 +106,21 @@ class Study:
         rate = {"lr": self.rates[0]} if len(self.rates) == 1 else {}
         return arm.recipe(merge(self.recipe, {**rate, "name": arm.folder}))
 
+    @property
+    def baseline_arm(self) -> Arm | None:
+        """The arm that `baseline` names."""
+        return next((arm for arm in self.arms if arm.name == self.baseline), None)
+
     def check_budgets(self) -> None:
-        """UserError for a budget that the data does not have, or that is no length of its own."""
-        baselines = [arm for arm in self.arms if arm.name == self.baseline]
-        if not self.budgets or not baselines:
+        """UserError for a budget that the data does not have, or that is no length of its own.
+
+        Every process must call it: the bundled text is prepared by the main one.
+        """
+        if not self.budgets or self.baseline_arm is None:
             return
-        recipe = self.recipe_of(baselines[0])
+        recipe = self.recipe_of(self.baseline_arm)
         per_step = recipe.batch_size * recipe.seq_len
-        bundled = recipe.data == "bundled"
-        folder = prepare_bundled(Path(recipe.out) / "data") if bundled else Path(recipe.data)
-        there = len(TokenShards.open(folder, "train", verify=False))
+        there = len(TokenShards.open(find_data(recipe), "train", verify=False))
         for budget in self.budgets:
             if budget > there:
                 raise UserError(

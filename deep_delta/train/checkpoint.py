@@ -25,10 +25,8 @@ from deep_delta.train.processes import is_main, on_each, on_main
 PREFIX = "checkpoint-"  # before the step
 CONTENTS = "contents.json"  # size and SHA-256 of every other file
 STAGE = "unfinished"  # in the run folder: where a checkpoint is written
-ORDER, DATA_ORDER = (
-    "data_order.json",
-    2,
-)  # which order of the data a step is a place in; 1: Trainer's
+ORDER = "data_order.json"
+DATA_ORDER = 2  # which order of the data a step is a place in; 1: Trainer's
 OPTIMIZER = "optimizer.pt"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
